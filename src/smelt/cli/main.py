@@ -1,0 +1,106 @@
+"""`smelt COMMAND`: dispatch, and every error in one place.
+
+Exit codes: 0 all is well and verified; 1 a defect of smelt; 2 usage or recipe; 3 bad input; 4 reading, writing or
+space; 5 numbers; 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+from cyclopts import App, CycloptsError
+
+from smelt._version import __version__
+from smelt.errors import ManyProblems, RecipeError, SmeltError, nearest
+
+app = App(
+    name="smelt",
+    version=__version__,
+    help="Merge language-model weights: streamed, reproducible, safe.",
+    help_epilogue="Start with `smelt methods`, then `smelt plan RECIPE`, then `smelt merge RECIPE OUT`.",
+    version_flags=["--version"],
+)
+app.command("smelt.cli.merge:merge", name="merge", help="Merge models as a recipe says, into a new folder.")
+app.command("smelt.cli.plan:plan", name="plan", help="Show what a merge would do, without doing it.")
+app.command("smelt.cli.methods:methods", name="methods", help="List the merge methods, or explain one.")
+app.command("smelt.cli.verify:verify", name="verify", help="Check an output against its record.")
+
+
+class Terminated(BaseException):
+    """The process was asked to end (SIGTERM); unwinds like an interrupt, so that nothing is left behind."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(run(words))
+
+
+def run(words: list[str]) -> int:
+    """Run the command line; gives the exit code. Errors are printed as text, or with `--json` as JSON."""
+    as_json = "--json" in words
+    try:
+        _check_command(words)
+        code = app(words, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+        return code if isinstance(code, int) and not isinstance(code, bool) else 0
+    except SmeltError as error:
+        return _report(error, as_json)
+    except CycloptsError as error:
+        return _report(_usage(error, words), as_json)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was left behind", file=sys.stderr)
+        return 130
+    except Terminated:
+        print("terminated: nothing was left behind", file=sys.stderr)
+        return 143
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("SMELT_DEBUG"):
+            raise
+        fix = "please report it, with what SMELT_DEBUG=1 smelt … prints"
+        return _report(SmeltError(f"a defect of smelt: {type(error).__name__}: {error}", fix=fix), as_json)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _check_command(words: list[str]) -> None:
+    known = [name for name in app if not name.startswith("-")]
+    if words and not words[0].startswith("-") and words[0] not in known:
+        close = nearest(words[0], known)
+        fix = f"did you mean `smelt {close}`?" if close else f"commands are {', '.join(known)}"
+        raise RecipeError(f"there is no command '{words[0]}'", fix=fix)
+
+
+def _usage(error: CycloptsError, words: list[str]) -> RecipeError:
+    """A mistake on the command line in our words."""
+    command = f"{words[0]} " if words else ""
+    return RecipeError(" ".join(str(error).split()), fix=f"see `smelt {command}--help`")
+
+
+def _report(error: SmeltError, as_json: bool) -> int:
+    if as_json:
+        print(_json(error))
+    else:
+        print(error.render(), file=sys.stderr)
+        if isinstance(error, ManyProblems):
+            print(f"{len(error.problems)} problems; nothing was written", file=sys.stderr)
+    return error.exit_code
+
+
+def _json(error: SmeltError) -> str:
+    import json
+
+    problems: list[dict[str, Any]] = [
+        {"kind": type(p).__name__, "message": p.message, "where": list(p.where), "fix": p.fix} for p in error.problems
+    ]
+    return json.dumps({"ok": False, "exit_code": error.exit_code, "problems": problems}, indent=1)

@@ -1,0 +1,125 @@
+"""`smelt merge RECIPE OUT`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from smelt.cli.show import count_text, parse_size, progress, size_text
+from smelt.merging import MergeReport, Prepared
+from smelt.merging import merge as run_merge
+
+
+def merge(
+    recipe: Path,
+    out: Path,
+    /,
+    *,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    shard_size: Annotated[str, Parameter(name=["--shard-size", "--out-shard-size"])] = "5GB",
+    threads: int | None = None,
+    seed: Annotated[int, Parameter(name=["--seed", "--random-seed"])] = 0,
+    allow: Annotated[list[Literal["extra_tensor", "missing_tensor", "nonfinite"]], Parameter(negative="")] = [],  # noqa: B006
+    strict: Annotated[bool, Parameter(negative="")] = False,
+    hash_inputs: Annotated[bool, Parameter(negative="")] = False,
+    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative="")] = False,
+    verbose: Annotated[bool, Parameter(name=["--verbose", "-v"], negative="")] = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Merge models as a recipe says, into a new folder. The folder appears whole or not at all.
+
+    Parameters
+    ----------
+    recipe
+        The recipe, a YAML file.
+    out
+        The folder to write; it must not exist, or be empty.
+    overwrite
+        Replace OUT if it is there; the old one stays until the new one is complete.
+    shard_size
+        Most bytes of tensors in one file, such as 5GB.
+    threads
+        Worker threads; all cores by default. The result does not depend on it.
+    seed
+        Seed of the random methods.
+    allow
+        Relax a check: extra_tensor, missing_tensor or nonfinite. May be given several times.
+    strict
+        Make warnings errors.
+    hash_inputs
+        Record the sha256 of every input file (reads them once more).
+    quiet
+        Print nothing but errors.
+    verbose
+        Print every note of the plan, and log messages.
+    as_json
+        Print the result as JSON on stdout.
+    """
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    quiet = quiet or as_json
+    with progress("merging", quiet=quiet) as report:
+        done = run_merge(
+            recipe,
+            out,
+            overwrite=overwrite,
+            shard_bytes=parse_size(shard_size),
+            workers=threads,
+            seed=seed,
+            allow=allow,
+            strict=strict,
+            hash_inputs=hash_inputs,
+            progress=report,
+            on_plan=None if quiet else lambda prepared: _say_plan(prepared, out, verbose=verbose),
+        )
+    if as_json:
+        print(json.dumps(_as_json(done), indent=1))
+    elif not quiet:
+        _say_done(done)
+    return 0
+
+
+def _say_plan(prepared: Prepared, out: Path, *, verbose: bool) -> None:
+    plan, forecast = prepared.plan, prepared.forecast
+    names = ", ".join(model.published for model in plan.models)
+    print(f"{plan.method} of {names} -> {out}", file=sys.stderr)
+    print(
+        f"{len(plan.entries)} tensors, {count_text(plan.parameters)} parameters; "
+        f"reads {size_text(forecast.bytes_read)}, writes {size_text(forecast.bytes_written)}, at most about {size_text(forecast.memory)} of memory",
+        file=sys.stderr,
+    )
+    if verbose:
+        for note in plan.notes:
+            print(f"note: {note}", file=sys.stderr)
+
+
+def _say_done(done: MergeReport) -> None:
+    for warning in done.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    rate = (done.bytes_read + done.bytes_written) / max(done.engine_seconds, 1e-9)
+    print(
+        f"done: {done.out}  {size_text(done.bytes_written)} in {done.seconds:.1f} s "
+        f"(tensors {done.engine_seconds:.1f} s, {size_text(rate)}/s)"
+    )
+
+
+def _as_json(done: MergeReport) -> dict[str, object]:
+    return {
+        "ok": True,
+        "out": str(done.out),
+        "method": done.plan.method,
+        "tensors": len(done.plan.entries),
+        "parameters": done.plan.parameters,
+        "bytes_read": done.bytes_read,
+        "bytes_written": done.bytes_written,
+        "seconds": round(done.seconds, 3),
+        "engine_seconds": round(done.engine_seconds, 3),
+        "nonfinite": dict(done.nonfinite),
+        "notes": list(done.plan.notes),
+        "warnings": list(done.warnings),
+    }

@@ -1,0 +1,105 @@
+"""What commands print: sizes, times, and progress that degrades to plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from smelt.errors import RecipeError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def size_text(count: float) -> str:
+    """Bytes for people.
+
+    >>> size_text(2_200_000_000)
+    '2.20 GB'
+    """
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}" if count >= 100 * scale else f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def count_text(count: float) -> str:
+    """A number of parameters for people: 7.24 B, 1.37 M."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f}"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a text such as `5GB`, `500 MB`, `2GiB` or `1000000`. Raises RecipeError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
+    if found is None or found[2].lower() not in _UNITS or float(found[1]) <= 0:
+        raise RecipeError(f"'{text}' is not a size", fix="write it like 5GB, 500MB or 2GiB")
+    return max(1, int(float(found[1]) * _UNITS[found[2].lower()]))
+
+
+class Report(Protocol):
+    def __call__(self, done: int, total: int) -> None: ...
+
+
+@contextmanager
+def progress(label: str, *, quiet: bool = False) -> Iterator[Report]:
+    """A function to call with (bytes done, bytes in all); shows bytes, rate and time left on stderr."""
+    if quiet:
+        yield lambda done, total: None
+        return
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(label, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    yield _Lines(label)
+
+
+class _Lines:
+    """One line every five seconds."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._start = self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._said < 5 or not done:
+            return
+        self._said = now
+        rate = done / (now - self._start)
+        left = (total - done) / rate
+        print(
+            f"{self._label}: {100 * done / max(total, 1):.0f} %, {size_text(done)} of {size_text(total)}, "
+            f"{size_text(rate)}/s, {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def table(rows: Sequence[Sequence[str]], *, indent: str = "  ", gap: str = "  ") -> str:
+    """Rows as aligned columns of plain text."""
+    if not rows:
+        return ""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        lines.append((indent + gap.join([*cells, row[-1]])).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Plan -> bytes: the only home of threads, tiles and progress."""

@@ -1,0 +1,222 @@
+"""The loop: for tensor, for pass, for task.
+
+Workers take the earliest task there is; where none is ready, the next tensor of the plan is opened. So big tensors are
+worked on by all, small ones each by one, and only a few are open at a time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from smelt.engine.tensor import Budget, Settings, Sink, TensorResult, TensorRun
+from smelt.engine.tiles import DEFAULT_TILE, Scratch
+from smelt.errors import InputError, SmeltError, raise_all
+from smelt.planning.entries import Action, Input, Plan
+from smelt.storage.checkpoint import TensorSource
+
+KEEP_BYTES = 96 << 20
+"""Stored bytes that multi-pass tensors may keep in memory, all together."""
+
+_COMPARE = 1 << 20
+"""Bytes compared at a time."""
+
+Progress = Callable[[int, int], None]
+"""Called now and then with (bytes done, bytes in all), from the thread that called `run`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run gives: one result per entry, in plan order, and how long it took."""
+
+    tensors: tuple[TensorResult, ...]
+    seconds: float
+    bytes_moved: int
+
+
+def default_workers() -> int:
+    """As many as the cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run(
+    plan: Plan,
+    sources: Sequence[TensorSource],
+    sink: Sink,
+    *,
+    workers: int | None = None,
+    tile: int | None = None,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Carry out a plan: read `sources` (one per model of the plan), write every tensor into `sink`.
+
+    The result does not depend on `workers` (threads) or `tile` (elements a method sees at once). Raises the first
+    error of any worker; KeyboardInterrupt stops the workers and is passed on.
+    """
+    settings = Settings(
+        workers=workers or default_workers(),
+        tile=tile or DEFAULT_TILE,
+        seed=plan.seed,
+        keep_bytes=KEEP_BYTES,
+        allow_nonfinite=allow_nonfinite,
+    )
+    started = time.perf_counter()
+    crew = _Crew(plan, sources, sink, settings)
+    crew.work(progress)
+    return RunResult(tuple(crew.results()), time.perf_counter() - started, crew.moved)
+
+
+class _Crew:
+    """The workers and what they share: the heap of ready tasks, and how many of each open pass are left."""
+
+    def __init__(self, plan: Plan, sources: Sequence[TensorSource], sink: Sink, settings: Settings) -> None:
+        self._plan = plan
+        self._sources = sources
+        self._sink = sink
+        self._settings = settings
+        self._budget = Budget(settings.keep_bytes)
+        self._ready: list[tuple[int, int, int]] = []
+        self._open: dict[int, TensorRun] = {}
+        self._left: dict[int, int] = {}
+        self._next = 0
+        self._results: list[TensorResult | None] = [None] * len(plan.entries)
+        self._changed = threading.Condition()
+        self._failure: BaseException | None = None
+        self._stop = False
+        self.moved = 0
+
+    def work(self, progress: Progress | None) -> None:
+        threads = [
+            threading.Thread(target=self._worker, name=f"smelt-{i}", daemon=True) for i in range(self._settings.workers)
+        ]
+        for thread in threads:
+            thread.start()
+        total = self._plan.input_bytes + self._plan.output_bytes
+        try:
+            while any(thread.is_alive() for thread in threads):
+                threads[0].join(0.05) if threads[0].is_alive() else time.sleep(0.005)
+                if progress is not None:
+                    progress(min(self.moved, total), total)
+        finally:
+            with self._changed:
+                self._stop = True
+                self._changed.notify_all()
+            for thread in threads:
+                thread.join()
+            for tensor in self._open.values():
+                tensor.abandon()
+        if self._failure is not None:
+            raise self._failure
+        if progress is not None:
+            progress(total, total)
+
+    def results(self) -> list[TensorResult]:
+        return [result for result in self._results if result is not None]
+
+    def _worker(self) -> None:
+        scratch = Scratch()
+        try:
+            while (taken := self._take()) is not None:
+                index, number, task = taken
+                moved = self._open[index].task(number, task, scratch)
+                self._done(index, number, moved)
+        except BaseException as error:
+            with self._changed:
+                self._failure = self._failure or self._placed(error)
+                self._stop = True
+                self._changed.notify_all()
+
+    def _placed(self, error: BaseException) -> BaseException:
+        if isinstance(error, MemoryError):
+            return SmeltError("not enough memory for the tiles", fix="use fewer threads (--threads 1)")
+        return error
+
+    def _take(self) -> tuple[int, int, int] | None:
+        with self._changed:
+            while not self._stop:
+                if self._ready:
+                    return heapq.heappop(self._ready)
+                if self._next < len(self._plan.entries):
+                    self._begin(self._next)
+                    self._next += 1
+                elif self._open:
+                    self._changed.wait()
+                else:
+                    return None
+            return None
+
+    def _begin(self, index: int) -> None:
+        entry = self._plan.entries[index]
+        tensor = TensorRun(entry, self._sources, self._sink, settings=self._settings, budget=self._budget)
+        if entry.size == 0:
+            self._results[index] = tensor.result()
+            return
+        self._open[index] = tensor
+        self._queue(index, tensor, 0)
+
+    def _queue(self, index: int, tensor: TensorRun, number: int) -> None:
+        self._left[index] = tensor.tasks(number)
+        for task in range(tensor.tasks(number)):
+            heapq.heappush(self._ready, (index, number, task))
+        self._changed.notify_all()
+
+    def _done(self, index: int, number: int, moved: int) -> None:
+        with self._changed:
+            self.moved += moved
+            self._left[index] -= 1
+            if self._left[index]:
+                return
+            tensor = self._open[index]
+        tensor.end_pass(number)
+        with self._changed:
+            if number + 1 < tensor.passes:
+                self._queue(index, tensor, number + 1)
+            else:
+                self._results[index] = tensor.result()
+                del self._open[index], self._left[index]
+                self._changed.notify_all()
+
+
+def check_equal(plan: Plan, sources: Sequence[TensorSource]) -> None:
+    """Compare the tensors that cannot be averaged (integers, packed types): InputError naming those that differ.
+
+    It is done before anything is written, since it decides whether the merge is possible at all.
+    """
+    problems: list[SmeltError] = []
+    for entry in plan.entries:
+        if entry.action is not Action.EQUAL:
+            continue
+        first, *others = entry.sources
+        differing = [other for other in others if not _same_bytes(first, other, sources)]
+        if differing:
+            problems.append(
+                InputError(
+                    f"tensor '{entry.name}' holds {entry.dtype} numbers that differ between the models",
+                    where=[f"{plan.models[source.model].published}  {source.tensor}" for source in (first, *differing)],
+                    fix="numbers of this type are never averaged: leave out the models that differ",
+                )
+            )
+    raise_all(problems)
+
+
+def _same_bytes(first: Input, other: Input, sources: Sequence[TensorSource]) -> bool:
+    size = first.tensor.nbytes
+    one, two = (np.empty(min(_COMPARE, size), dtype=np.uint8) for _ in range(2))
+    for start in range(0, size, _COMPARE):
+        stop = min(start + _COMPARE, size)
+        for source, buffer in ((first, one), (other, two)):
+            view: Any = buffer[: stop - start]
+            sources[source.model].read_into(source.tensor, start, stop, view)
+        if not np.array_equal(one[: stop - start], two[: stop - start]):
+            return False
+    return True

@@ -1,0 +1,370 @@
+"""One output tensor on its way: its passes in order, its reductions, its tiles.
+
+A tensor's passes run one after the other; within a pass its tasks are independent of each other. Whoever finishes the
+last task of a pass ends the pass. Results of reductions are folded in the order of the blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+
+from smelt import dtypes
+from smelt.engine.rng import key, uniform
+from smelt.engine.tiles import Geometry, Scratch
+from smelt.errors import NumericError
+from smelt.methods import api
+from smelt.planning.entries import Action, Entry
+from smelt.storage.checkpoint import TensorSource
+
+DIGEST_BLOCK = 1 << 20
+"""Bytes of a block of a tensor's digest."""
+
+
+class Sink(Protocol):
+    """Where output goes: positional writes of a tensor's bytes, and reading back what was written."""
+
+    def write(self, name: str, start: int, data: Any) -> None: ...
+
+    def read_back(self, name: str, start: int, stop: int, buffer: Any) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the engine is told beside the plan."""
+
+    workers: int
+    tile: int
+    seed: int
+    keep_bytes: int
+    allow_nonfinite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TensorResult:
+    """What is known of a written tensor: its digest, and how many of its numbers are NaN or infinite.
+
+    `inherited` of them stand where an input has one too, `created` where all inputs are finite.
+    """
+
+    name: str
+    digest: str
+    inherited: int = 0
+    created: int = 0
+
+
+class Budget:
+    """Bytes that tensors may keep in memory between their passes."""
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> bool:
+        with self._lock:
+            if count > self._left:
+                return False
+            self._left -= count
+            return True
+
+    def give(self, count: int) -> None:
+        with self._lock:
+            self._left += count
+
+
+class TensorRun:
+    """The work of one entry. `task(pass, number)` may be called from any thread; `end_pass` by one."""
+
+    def __init__(
+        self, entry: Entry, sources: Sequence[TensorSource], sink: Sink, *, settings: Settings, budget: Budget
+    ) -> None:
+        self.entry = entry
+        self._sources = sources
+        self._sink = sink
+        self._settings = settings
+        self._budget = budget
+        self._lock = threading.Lock()
+        self._results: dict[str, Any] = {}
+        self._digests: dict[int, bytes] = {}
+        self._inherited = self._created = 0
+        self._kept: list[Any] | None = None
+        self._kept_bytes = 0
+        self._method: Any = None
+        if entry.action is Action.MERGE:
+            self._method = bind(entry)
+        grain = self._method.grain if self._method else api.Grain.ELEMENT
+        self.geometry = Geometry.of(entry.shape, grain, tile=settings.tile)
+        self._reductions = schedule(self._method.active()) if self._method else []
+        self._running: list[_Running] = []
+        self._reduction_passes = max((start + r.reducer.rounds for start, r in self._reductions), default=0)  # type: ignore[attr-defined]
+        aligned = entry.dtype.nbytes(self.geometry.task * 8) % (8 * DIGEST_BLOCK) == 0
+        self._digest_inline = aligned or self.geometry.tasks == 1
+        self.passes = self._reduction_passes + 1 + (0 if self._digest_inline else 1)
+        if self._method:
+            self._streams = [key(settings.seed, entry.name, i) for i in range(len(entry.inputs))]
+        if self._reduction_passes:
+            self._keep_inputs()
+        self._begin_pass(0)
+
+    def tasks(self, number: int) -> int:
+        """How many tasks pass `number` has."""
+        if number > self._reduction_passes:
+            return -(-self.entry.nbytes // (DIGEST_BLOCK * 8))
+        return self.geometry.tasks
+
+    def task(self, number: int, task: int, scratch: Scratch) -> int:
+        """Do one task of a pass; gives the bytes read and written."""
+        if number > self._reduction_passes:
+            return self._digest_written(task, scratch)
+        start, stop = self.geometry.span(task)
+        if number < self._reduction_passes:
+            return self._reduce(number, start, stop, scratch)
+        if self._method is None:
+            return self._copy(start, stop, scratch)
+        return self._write(start, stop, scratch)
+
+    def end_pass(self, number: int) -> None:
+        """Close the reductions that end with this pass and open those that begin with the next."""
+        for running in self._running:
+            running.reducer.close(running.total())
+            if number + 1 == running.start + running.reducer.rounds:
+                self._results[running.reduction.name] = running.reducer.finish()
+        if number + 1 < self._reduction_passes:
+            self._begin_pass(number + 1)
+        elif number + 1 == self._reduction_passes:
+            self._derive()
+        elif number + 1 == self.passes:
+            self._release()
+
+    def abandon(self) -> None:
+        self._release()
+
+    def result(self) -> TensorResult:
+        joined = b"".join(self._digests[block] for block in sorted(self._digests))
+        return TensorResult(self.entry.name, xxhash.xxh3_128_hexdigest(joined), self._inherited, self._created)
+
+    def _keep_inputs(self) -> None:
+        if self._budget.take(self.entry.input_bytes):
+            self._kept_bytes = self.entry.input_bytes
+            self._kept = [np.empty(source.tensor.nbytes, dtype=np.uint8) for source in self.entry.sources]
+
+    def _release(self) -> None:
+        if self._kept is not None:
+            self._kept = None
+            self._budget.give(self._kept_bytes)
+
+    def _begin_pass(self, number: int) -> None:
+        going = [r for r in self._running if number < r.start + r.reducer.rounds]
+        for running in going:
+            running.reset()
+        for start, reduction in self._reductions:
+            if start == number:
+                reducer = reduction.reducer(scope=reduction.scope, size=self.geometry.size)
+                going.append(_Running(reduction, reducer, start))
+        self._running = going
+        if not self._reduction_passes and self._method:
+            self._derive()
+
+    def _derive(self) -> None:
+        for reduction in self._method.info.reductions:
+            self._results.setdefault(reduction.name, None)
+        for derived in self._method.info.derived:
+            arguments = [self._results[name] for name in derived.arguments]
+            self._results[derived.name] = derived.function(self._method, *arguments)
+
+    def _raw(self, number: int, start: int, stop: int, scratch: Scratch) -> tuple[list[Any], int]:
+        """The stored bytes of elements [start, stop) of every source, and how many bytes were read for it."""
+        raw: list[Any] = []
+        read = 0
+        for i, source in enumerate(self.entry.sources):
+            dtype = source.tensor.dtype
+            low, high = dtype.nbytes(start), dtype.nbytes(stop)
+            if self._kept is None:
+                buffer = scratch.array(f"raw {i}", (high - low,), np.uint8)
+            else:
+                buffer = self._kept[i][low:high]
+            if self._kept is None or number == 0:
+                self._sources[source.model].read_into(source.tensor, low, high, memoryview(buffer))
+                read += high - low
+            raw.append(buffer)
+        return raw, read
+
+    def _arguments(
+        self, wanted: set[str], raw: list[Any], start: int, offset: int, count: int, scratch: Scratch
+    ) -> dict[str, Any]:
+        """What a method's function asks for, for `count` elements at `offset` of a task that begins at `start`."""
+        entry = self.entry
+        given: dict[str, Any] = {"size": self.geometry.size, **self._results}
+        n = len(entry.inputs)
+        x = scratch.array("x", (n, count), np.float32)
+        base = None
+        for i, source in enumerate(entry.sources):
+            dtype = source.tensor.dtype
+            piece = raw[i][dtype.nbytes(offset) : dtype.nbytes(offset + count)]
+            target = x[i] if i < n else scratch.array("base", (count,), np.float32)
+            dtypes.decode(piece, dtype, target)
+            if i == n:
+                base = target
+        view = self.geometry.view
+        given["x"] = view(x)
+        given["base"] = None if base is None else view(base)
+        if wanted & {"deltas", "vectors"}:
+            deltas = x
+            if base is not None:
+                deltas = x if "x" not in wanted else scratch.array("deltas", (n, count), np.float32)
+                np.subtract(x, base, out=deltas)
+            given["deltas"] = given["vectors"] = view(deltas)
+        if "uniform" in wanted:
+            numbers = scratch.array("uniform", (n, count), np.float32)
+            for i, stream in enumerate(self._streams):
+                uniform(stream, start + offset, start + offset + count, out=numbers[i])
+            given["uniform"] = view(numbers)
+        return given
+
+    def _reduce(self, number: int, start: int, stop: int, scratch: Scratch) -> int:
+        raw, read = self._raw(number, start, stop, scratch)
+        wanted = {name for running in self._running for name in running.reduction.arguments}
+        with np.errstate(all="ignore"):
+            for low, high in self.geometry.tile_spans(start, stop):
+                given = self._arguments(wanted, raw, start, low - start, high - low, scratch)
+                for running in self._running:
+                    arguments = [given[name] for name in running.reduction.arguments]
+                    running.add(running.reduction.function(self._method, *arguments), low, high, self.geometry)
+        return read
+
+    def _write(self, start: int, stop: int, scratch: Scratch) -> int:
+        entry = self.entry
+        raw, read = self._raw(self._reduction_passes, start, stop, scratch)
+        wanted = set(self._method.info.tile_arguments)
+        out = scratch.array("out", (entry.dtype.nbytes(stop - start),), np.uint8)
+        with np.errstate(all="ignore"):
+            for low, high in self.geometry.tile_spans(start, stop):
+                offset, count = low - start, high - low
+                given = self._arguments(wanted, raw, start, offset, count, scratch)
+                values = self._method.tile(*(given[name] for name in self._method.info.tile_arguments))
+                piece = out[entry.dtype.nbytes(offset) : entry.dtype.nbytes(offset + count)]
+                dtypes.encode(np.ascontiguousarray(values).reshape(-1), entry.dtype, piece)
+                self._count_nonfinite(piece, raw, offset, count, start)
+        self._sink.write(entry.name, entry.dtype.nbytes(start), memoryview(out))
+        self._digest(entry.dtype.nbytes(start), out)
+        return read + len(out)
+
+    def _copy(self, start: int, stop: int, scratch: Scratch) -> int:
+        raw, read = self._raw(0, start, stop, scratch)
+        dtype = self.entry.dtype
+        self._sink.write(self.entry.name, dtype.nbytes(start), memoryview(raw[0]))
+        self._digest(dtype.nbytes(start), raw[0])
+        if dtype.floating:
+            with self._lock:
+                self._inherited += int(np.count_nonzero(dtypes.nonfinite(raw[0], dtype)))
+        return read + len(raw[0])
+
+    def _count_nonfinite(self, piece: Any, raw: list[Any], offset: int, count: int, start: int) -> None:
+        bad = dtypes.nonfinite(piece, self.entry.dtype)
+        if not bad.any():
+            return
+        theirs = np.zeros(count, dtype=bool)
+        for source, stored in zip(self.entry.sources, raw, strict=True):
+            dtype = source.tensor.dtype
+            theirs |= dtypes.nonfinite(stored[dtype.nbytes(offset) : dtype.nbytes(offset + count)], dtype)
+        created = bad & ~theirs
+        with self._lock:
+            self._inherited += int(np.count_nonzero(bad & theirs))
+            self._created += int(np.count_nonzero(created))
+        if created.any() and not self._settings.allow_nonfinite:
+            raise self._new_nonfinite(start + offset + int(np.argmax(created)))
+
+    def _new_nonfinite(self, element: int) -> NumericError:
+        entry = self.entry
+        place = np.unravel_index(element, entry.shape) if entry.shape else ()
+        return NumericError(
+            f"tensor '{entry.name}' would get a NaN or infinity where every model has a number",
+            where=[
+                f"first at index {[int(i) for i in place]}, method {entry.method}, written as {entry.dtype}",
+                *(f"input {source.tensor} of model {source.model + 1}" for source in entry.sources),
+            ],
+            fix="choose a wider dtype (float32, bfloat16) or smaller weights, or pass --allow nonfinite",
+        )
+
+    def _digest(self, start: int, data: Any) -> None:
+        if not self._digest_inline:
+            return
+        view = memoryview(data)
+        for low in range(0, len(view), DIGEST_BLOCK):
+            self._digests[(start + low) // DIGEST_BLOCK] = xxhash.xxh3_128_digest(view[low : low + DIGEST_BLOCK])
+
+    def _digest_written(self, task: int, scratch: Scratch) -> int:
+        start = task * DIGEST_BLOCK * 8
+        stop = min(start + DIGEST_BLOCK * 8, self.entry.nbytes)
+        buffer = scratch.array("written", (stop - start,), np.uint8)
+        self._sink.read_back(self.entry.name, start, stop, memoryview(buffer))
+        view = memoryview(buffer)
+        for low in range(0, len(view), DIGEST_BLOCK):
+            self._digests[(start + low) // DIGEST_BLOCK] = xxhash.xxh3_128_digest(view[low : low + DIGEST_BLOCK])
+        return 0
+
+
+class _Running:
+    """A reduction of one tensor in progress: partial results wait here until their turn comes."""
+
+    def __init__(self, reduction: api.Reduction, reducer: Any, start: int) -> None:
+        self.reduction = reduction
+        self.reducer = reducer
+        self.start = start
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        self._sum: Any = None
+        self._next = 0
+        self._waiting: dict[int, Any] = {}
+
+    def add(self, values: Any, low: int, high: int, geometry: Geometry) -> None:
+        """Take the values of the tile [low, high)."""
+        if not self.reducer.ordered:
+            partial = self.reducer.partial(values)
+            with self._lock:
+                self._sum = self.reducer.fold(self._sum, partial)
+            return
+        for block, first, last in geometry.blocks(low, high):
+            partial = self.reducer.partial(_slice(values, first, last, geometry.block_axis))
+            with self._lock:
+                self._waiting[block] = partial
+                while self._next in self._waiting:
+                    self._sum = self.reducer.fold(self._sum, self._waiting.pop(self._next))
+                    self._next += 1
+
+    def total(self) -> Any:
+        assert not self._waiting
+        return self._sum
+
+
+def _slice(values: Any, first: int, last: int, axis: int) -> Any:
+    if isinstance(values, tuple):
+        return tuple(_slice(value, first, last, axis) for value in values)
+    return values[..., first:last] if axis == -1 else values[..., first:last, :]
+
+
+def bind(entry: Entry) -> Any:
+    """The entry's method with its settings, its per-model fields shaped for the tensor's tiles."""
+    info = api.get(entry.method)
+    method = info.type(entry.values, models=len(entry.inputs))
+    if method.grain is api.Grain.TENSOR:
+        method.shape_fields(1 + len(entry.shape))
+    return method
+
+
+def schedule(reductions: Sequence[api.Reduction]) -> list[tuple[int, api.Reduction]]:
+    """The pass in which each reduction begins: as early as what it asks for allows."""
+    ends: dict[str, int] = {}
+    placed = []
+    for reduction in reductions:
+        start = max((ends.get(name, 0) for name in reduction.arguments), default=0)
+        ends[reduction.name] = start + reduction.reducer.rounds  # type: ignore[attr-defined]
+        placed.append((start, reduction))
+    return placed

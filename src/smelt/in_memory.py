@@ -1,0 +1,153 @@
+"""Merging state dicts in memory: NumPy arrays or torch tensors in, the same kind out, by plan and engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from smelt.dtypes import BY_NAME, Bytes, DType
+from smelt.engine.run import check_equal, run
+from smelt.errors import InputError, RecipeError
+from smelt.methods import api
+from smelt.planning.anatomy import anatomy
+from smelt.planning.build import build, check_recipe
+from smelt.planning.entries import Plan, PlannedModel
+from smelt.planning.locate import Model
+from smelt.recipe.parse import from_dict
+from smelt.specs import ModelRef, TensorSpec
+from smelt.storage.sources.memory import MemoryCheckpoint
+
+
+def merge_state_dicts(
+    models: Sequence[Mapping[str, Any]],
+    *,
+    method: str,
+    base: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    allow: Iterable[str] = (),
+    seed: int = 0,
+    workers: int | None = None,
+    tile: int | None = None,
+    **parameters: Any,
+) -> dict[str, Any]:
+    """Merge state dicts (name -> NumPy array or torch tensor) and return one of the same kind.
+
+    `parameters` are the method's settings; a per-model one takes a number, or a sequence of one number per model.
+    `lambda` is written `lambda_`. Random methods draw the same numbers as a merge of files with the same seed does.
+
+    Raises RecipeError, InputError or NumericError.
+
+    >>> import numpy as np
+    >>> merge_state_dicts([{"w": np.float32([1, 2])}, {"w": np.float32([3, 6])}], method="linear", weight=0.5)
+    {'w': array([2., 4.], dtype=float32)}
+    """
+    if not models:
+        raise RecipeError("there is no model to merge", fix="give at least one state dict")
+    names = [f"model {i + 1}" for i in range(len(models))]
+    recipe = from_dict(_recipe(names, method, base is not None, dtype, parameters))
+    check_recipe(recipe)
+    given = dict(zip(names, models, strict=True))
+    if base is not None:
+        given["base"] = base
+    opened = {name: _model(name, state) for name, state in given.items()}
+    plan = build(recipe, opened, allow=frozenset(allow), seed=seed)
+    sources = [opened[model.published].source for model in plan.models]
+    check_equal(plan, sources)
+    sink = _Memory(plan)
+    run(plan, sources, sink, workers=workers, tile=tile, allow_nonfinite="nonfinite" in frozenset(allow))
+    like = next(iter(models[0].values()), None)
+    kind = "torch" if _is_torch(like) else "numpy"
+    return {
+        entry.name: _from_bytes(sink.data[entry.name], entry.dtype, entry.shape, kind=kind) for entry in plan.entries
+    }
+
+
+def _recipe(
+    names: Sequence[str], method: str, has_base: bool, dtype: str | None, parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments as a recipe's tree."""
+    fields = api.get(method).fields if method in api.names() else {}
+    each: list[dict[str, Any]] = [{} for _ in names]
+    shared: dict[str, Any] = {}
+    for key, value in parameters.items():
+        name = "lambda" if key == "lambda_" else key
+        per_model = name in fields and fields[name].per_model
+        if per_model and isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+            if len(value) != len(names):
+                raise RecipeError(f"{name} has {len(value)} numbers for {len(names)} models", fix="give one per model")
+            for settings, number in zip(each, value, strict=True):
+                settings[name] = float(number)
+        else:
+            shared[name] = value.item() if isinstance(value, np.generic) else value
+    tree: dict[str, Any] = {
+        "merge_method": method,
+        "models": [
+            {"model": name, **({"parameters": settings} if settings else {})}
+            for name, settings in zip(names, each, strict=True)
+        ],
+    }
+    if shared:
+        tree["parameters"] = shared
+    if has_base:
+        tree["base_model"] = "base"
+    if dtype is not None:
+        tree["out_dtype"] = dtype
+    return tree
+
+
+def _model(name: str, state: Mapping[str, Any]) -> Model:
+    tensors: dict[str, tuple[TensorSpec, Bytes]] = {}
+    for key, value in state.items():
+        dtype, data = _to_bytes(value, f"{name}: {key}")
+        tensors[key] = (TensorSpec(key, dtype, tuple(int(n) for n in value.shape)), data)
+    source = MemoryCheckpoint(name, tensors)
+    return Model(PlannedModel(ModelRef(name, name), name, "memory"), source, None, anatomy(source.tensors, None))
+
+
+def _is_torch(value: object) -> bool:
+    return type(value).__module__.split(".")[0] == "torch"
+
+
+def _to_bytes(value: Any, where: str) -> tuple[DType, Bytes]:
+    if _is_torch(value):
+        import torch
+
+        name = str(value.dtype).removeprefix("torch.")
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if name in BY_NAME else None
+    elif isinstance(value, np.ndarray):
+        name = value.dtype.name
+        data = np.ascontiguousarray(value).reshape(-1).view(np.uint8) if name in BY_NAME else None
+    else:
+        raise InputError(f"not an array but {type(value).__name__}", where=[where], fix="give arrays or torch tensors")
+    if data is None:
+        raise InputError(f"numbers of type {name} cannot be merged", where=[where], fix="convert the tensor first")
+    return BY_NAME[name], data
+
+
+def _from_bytes(data: Bytes, dtype: DType, shape: tuple[int, ...], *, kind: str) -> Any:
+    if kind == "torch":
+        import torch
+
+        target = getattr(torch, dtype.name)
+        return torch.from_numpy(data).view(target).reshape(shape) if data.size else torch.empty(shape, dtype=target)
+    if dtype.name == "bfloat16" or dtype.name.startswith("float8"):
+        import ml_dtypes
+
+        return data.view(np.dtype(getattr(ml_dtypes, dtype.name))).reshape(shape)
+    return data.view(np.dtype(dtype.name)).reshape(shape)
+
+
+class _Memory:
+    """A sink of arrays."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.data = {entry.name: np.empty(entry.nbytes, dtype=np.uint8) for entry in plan.entries}
+
+    def write(self, name: str, start: int, data: Any) -> None:
+        view = np.frombuffer(data, dtype=np.uint8)
+        self.data[name][start : start + view.size] = view
+
+    def read_back(self, name: str, start: int, stop: int, buffer: Any) -> None:
+        np.frombuffer(buffer, dtype=np.uint8)[:] = self.data[name][start:stop]

@@ -1,0 +1,95 @@
+"""`smelt.json`: what an output was made of, so that it can be verified, repeated and traced. No local path is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import xxhash
+
+from smelt._version import __version__
+from smelt.planning.entries import Plan
+from smelt.planning.explain import entry_json
+from smelt.storage.checkpoint import FileInfo
+from smelt.storage.layout import INDEX, Layout
+
+RECORD = "smelt.json"
+FORMAT = 1
+
+
+def file_digest(data: bytes) -> str:
+    """The digest of a small file: sha256, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def record(
+    plan: Plan,
+    layout: Layout,
+    *,
+    recipe: Mapping[str, Any],
+    inputs: Sequence[Sequence[FileInfo]],
+    hashes: Mapping[tuple[int, str], str],
+    tensors: Mapping[str, str],
+    nonfinite: Mapping[str, int],
+    companions: Mapping[str, str],
+) -> bytes:
+    """The record as JSON.
+
+    `inputs` gives each model's weight files, `hashes` the sha256 of a (model, file) where it is known, `tensors` the
+    digest of each output tensor, `nonfinite` how many of its numbers are NaN or infinite, `companions` the sha256 of
+    each small file.
+    """
+    tree = {
+        "format": FORMAT,
+        "smelt": __version__,
+        "recipe": {"digest": plan.recipe_digest, "text": recipe, "seed": plan.seed},
+        "method": plan.method,
+        "inputs": [
+            {
+                "model": model.published,
+                "role": "base" if index == plan.base else "model",
+                "commit": model.commit,
+                "files": [
+                    {
+                        "name": info.name,
+                        "size": info.size,
+                        "header": info.header_digest,
+                        "sha256": hashes.get((index, info.name)),
+                    }
+                    for info in inputs[index]
+                ],
+            }
+            for index, model in enumerate(plan.models)
+        ],
+        "donor": plan.models[plan.donor].published,
+        "digest": "XXH3-128 over the XXH3-128 digests of 1 MiB blocks",
+        "files": {
+            **{
+                shard.file: {
+                    "size": shard.size,
+                    "header": xxhash.xxh3_128_hexdigest(shard.header),
+                    "tensors": len(shard.tensors),
+                }
+                for shard in layout.shards
+            },
+            **({INDEX: {"sha256": file_digest(layout.index)}} if layout.index is not None else {}),
+            **{name: {"sha256": digest} for name, digest in companions.items()},
+        },
+        "tensors": {
+            entry.name: {
+                "digest": tensors[entry.name],
+                "nonfinite": nonfinite.get(entry.name, 0),
+                **{key: value for key, value in entry_json(entry, plan).items() if key in _KEPT},
+            }
+            for entry in plan.entries
+        },
+        "ignored": dict(plan.ignored),
+        "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
+    }
+    return (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+_KEPT = {"action", "method", "values", "inputs", "base", "reason"}

@@ -1,0 +1,115 @@
+"""Checking an output against its record: every file is listed and as it was written, every tensor has its digest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from smelt.errors import InputError, SmeltError
+from smelt.lineage.record import FORMAT, RECORD, file_digest
+from smelt.storage import files
+from smelt.storage.checkpoint import LARGE_LIMIT, TensorSource
+from smelt.storage.sources.local import open_folder
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a check found: `problems` is empty when all is as recorded."""
+
+    folder: Path
+    tensors: int
+    bytes: int
+    problems: tuple[SmeltError, ...]
+
+
+def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = None) -> Verification:
+    """Re-hash an output and compare with its `smelt.json`. Raises InputError if there is no usable record.
+
+    `progress` is called with (bytes done, bytes in all).
+    """
+    folder = Path(folder)
+    if files.kind(folder) != "folder":
+        raise InputError(f"there is no folder {folder}", fix="give the output folder of a merge")
+    with open_folder(folder, name=folder.resolve().name) as checkpoint:
+        tree = _read_record(checkpoint, folder)
+        problems = [*_check_files(checkpoint, tree, folder)]
+        recorded = tree["tensors"]
+        missing = sorted(set(recorded) - set(checkpoint.tensors))
+        extra = sorted(set(checkpoint.tensors) - set(recorded))
+        if missing:
+            problems.append(InputError(f"{len(missing)} recorded tensors are missing", where=missing[:5]))
+        if extra:
+            problems.append(InputError(f"{len(extra)} tensors are not in the record", where=extra[:5]))
+        total = sum(spec.nbytes for spec in checkpoint.tensors.values())
+        done = 0
+        for name, spec in checkpoint.tensors.items():
+            if name in recorded and tensor_digest(checkpoint, name) != recorded[name]["digest"]:
+                problems.append(
+                    InputError(
+                        f"tensor '{name}' is not what was written",
+                        where=[f"{folder / spec.file}  bytes {spec.offset} to {spec.offset + spec.nbytes}"],
+                        fix="merge again, or fetch the file again",
+                    )
+                )
+            done += spec.nbytes
+            if progress is not None:
+                progress(done, total)
+        return Verification(folder, len(checkpoint.tensors), total, tuple(problems))
+
+
+def tensor_digest(source: TensorSource, name: str) -> str:
+    """XXH3-128 over the XXH3-128 digests of the tensor's 1 MiB blocks, in hexadecimal."""
+    spec = source.tensors[name]
+    whole = xxhash.xxh3_128()
+    buffer = bytearray(min(_BLOCK, spec.nbytes))
+    for start in range(0, spec.nbytes, _BLOCK):
+        piece = memoryview(buffer)[: min(_BLOCK, spec.nbytes - start)]
+        source.read_into(spec, start, start + len(piece), piece)
+        whole.update(xxhash.xxh3_128_digest(piece))
+    return whole.hexdigest()
+
+
+def _read_record(checkpoint: TensorSource, folder: Path) -> dict[str, Any]:
+    tree = checkpoint.json(RECORD)
+    if tree is None:
+        raise InputError(f"{folder} has no {RECORD}", fix="only outputs of smelt can be verified")
+    if (
+        tree.get("format") != FORMAT
+        or not isinstance(tree.get("tensors"), dict)
+        or not isinstance(tree.get("files"), dict)
+    ):
+        raise InputError(
+            f"{folder / RECORD} is not a record that this version reads", fix="use the version that wrote it"
+        )
+    for name, row in tree["tensors"].items():
+        if not isinstance(row, dict) or not isinstance(row.get("digest"), str):
+            raise InputError(f"{folder / RECORD} is damaged", where=[f"tensors: {name}"], fix="merge again")
+    return tree
+
+
+def _check_files(checkpoint: TensorSource, tree: dict[str, Any], folder: Path) -> list[SmeltError]:
+    problems: list[SmeltError] = []
+    weights = {info.name: info for info in checkpoint.files}
+    present = {name for name in files.list_folder(folder)} - {RECORD}
+    for name in sorted(set(tree["files"]) - present):
+        problems.append(InputError(f"file {name} is missing", where=[str(folder)], fix="merge again"))
+    for name in sorted(present - set(tree["files"])):
+        problems.append(InputError(f"file {name} is not in the record", where=[str(folder)], fix="remove it"))
+    for name, row in tree["files"].items():
+        if name not in present:
+            continue
+        if name in weights:
+            found = (weights[name].size, weights[name].header_digest)
+            if found != (row.get("size"), row.get("header")):
+                problems.append(
+                    InputError(f"file {name} has another size or header than was written", where=[str(folder)])
+                )
+        elif file_digest(files.read_bytes(folder / name, limit=LARGE_LIMIT)) != row.get("sha256"):
+            problems.append(InputError(f"file {name} is not what was written", where=[str(folder)]))
+    return problems

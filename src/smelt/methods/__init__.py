@@ -1,0 +1,1 @@
+"""Pure mathematics: one family of merge methods per file, found by discovery."""

@@ -1,0 +1,278 @@
+"""What a merge method is: parameters declared once, reductions, and a tile function over the array API standard.
+
+A method never sees a device, a file, a thread or a vocabulary. The names of its functions' arguments say what it needs:
+
+| argument | what it is given |
+|---|---|
+| `x` | the models' values, float32 [n, ...] (the base is not among them) |
+| `base` | the base model's values, float32 [...]; annotated `Array | None` where a base is optional |
+| `deltas` | x − base, float32 [n, ...] |
+| `vectors` | the deltas where there is a base, else the models' values |
+| `uniform` | random numbers in [0, 1), float32 [n, ...], a function of (seed, tensor, model, element) alone |
+| `size` | the number of elements of the whole tensor |
+| a reduction's or derived value's name | its result |
+
+Tiles are [n, t] for Grain.ELEMENT, [n, r, last] for ROW, [n, r, rest] for SLAB, [n, *shape] for TENSOR. Asking for
+`base` or `deltas` makes a base model mandatory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+
+from smelt.methods.fields import Field, per_model, required, scalar
+from smelt.methods.reducers import Gram, KthLargest, Reducer, Sum
+from smelt.specs import Grain
+
+__all__ = [
+    "Array",
+    "Grain",
+    "Gram",
+    "KthLargest",
+    "Method",
+    "MethodInfo",
+    "Sum",
+    "derive",
+    "get",
+    "names",
+    "per_model",
+    "reduce",
+    "register",
+    "required",
+    "scalar",
+]
+
+Array = Any
+Scope = Literal["tensor", "column"]
+BaseUse = Literal["none", "optional", "required"]
+
+_GIVEN = frozenset({"x", "base", "deltas", "vectors", "uniform", "size"})
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """A pass that must finish first: `function` gives the values of a tile, `reducer` folds them."""
+
+    name: str
+    reducer: Callable[..., Reducer]
+    function: Callable[..., Any]
+    scope: Scope
+    when: Callable[[Any], bool]
+    arguments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """A small value computed once per tensor, after the reductions it names."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MethodInfo:
+    """All that a method's declaration says; `methods.api.get(name)` gives it."""
+
+    name: str
+    type: type[Method]
+    source: str
+    summary: str
+    doc: str
+    fields: dict[str, Field]
+    ignored: dict[str, str]
+    base: BaseUse
+    reductions: tuple[Reduction, ...]
+    derived: tuple[Derived, ...]
+    tile_arguments: tuple[str, ...]
+    models: tuple[int, int | None]
+
+    def arity(self) -> str:
+        """How many models it takes, in words: `exactly 2 models`."""
+        low, high = self.models
+        plural = "" if (high or low) == 1 else "s"
+        if high == low:
+            return f"exactly {low} model{plural}"
+        return f"at least {low} model{'' if low == 1 else 's'}" if high is None else f"{low} to {high} models"
+
+
+class Method:
+    """A merge method with its settings for one tensor. Subclasses declare fields and functions; see `register`.
+
+    `values` maps each field's recipe name to a plain value, or for per-model fields to one number per model; they
+    become attributes, per-model ones as float64 arrays [n, 1, ...] with `ndim` dimensions.
+    """
+
+    info: ClassVar[MethodInfo]
+    models: ClassVar[tuple[int, int | None]] = (1, None)
+    """How many models it takes, the base not counted: at least, at most."""
+    ignored: ClassVar[dict[str, str]] = {}
+    """Parameters that MergeKit's recipes carry for this method and that have no effect, with the reason."""
+
+    def __init__(self, values: Mapping[str, Any], *, models: int) -> None:
+        self.n = models
+        for field in self.info.fields.values():
+            value = values[field.name]
+            if field.per_model:
+                value = np.asarray(value, dtype=np.float64)
+                if value.shape != (models,):
+                    raise ValueError(f"{field.name} needs one number per model")
+            setattr(self, field.attribute, value)
+        ndim = {Grain.ELEMENT: 2, Grain.ROW: 3, Grain.SLAB: 3, Grain.TENSOR: 0}[self.grain]
+        if ndim:
+            self.shape_fields(ndim)
+
+    def shape_fields(self, ndim: int) -> None:
+        """Give the per-model fields `ndim` dimensions, [n, 1, ...], to meet tiles of that many dimensions."""
+        for field in self.info.fields.values():
+            if field.per_model:
+                value = getattr(self, field.attribute)
+                setattr(self, field.attribute, value.reshape((-1,) + (1,) * (ndim - 1)))
+
+    @property
+    def grain(self) -> Grain:
+        """How its tensors may be cut; may depend on the settings."""
+        return Grain.ELEMENT
+
+    def check(self) -> None:
+        """Raise ValueError where the settings, each allowed by itself, make no sense together."""
+
+    def copies(self) -> bool:
+        """Whether with these settings the result is the first model's tensor as it is, so that bytes can be copied."""
+        return False
+
+    def active(self) -> tuple[Reduction, ...]:
+        """The reductions that these settings need."""
+        return tuple(reduction for reduction in self.info.reductions if reduction.when(self))
+
+
+def reduce(
+    reducer: Callable[..., Reducer],
+    *,
+    scope: Scope = "tensor",
+    when: Callable[[Any], bool] = lambda method: True,
+) -> Callable[[Callable[..., Any]], Any]:
+    """Mark a function of a method as a reduction: it returns the values of a tile that `reducer` folds.
+
+    `when` tells from the settings whether it is needed; where it is not, its result is None.
+    """
+
+    def mark(function: Callable[..., Any]) -> Any:
+        return Reduction(function.__name__, reducer, function, scope, when, _arguments(function))
+
+    return mark
+
+
+def derive(function: Callable[..., Any]) -> Any:
+    """Mark a function of a method as computed once per tensor, from reductions and earlier derived values."""
+    return Derived(function.__name__, function, _arguments(function))
+
+
+def _arguments(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)[1:]
+
+
+_REGISTRY: dict[str, MethodInfo] = {}
+_INFRASTRUCTURE = {"api", "fields", "reducers", "stages"}
+
+M = TypeVar("M", bound=Method)
+
+
+def register(name: str, *, source: str) -> Callable[[type[M]], type[M]]:
+    """Class decorator: read the declarations of a Method and make it known under `name`.
+
+    TypeError where the declaration is unsound (an argument that nothing provides, a reduction that waits for itself).
+    """
+
+    def read(cls: type[M]) -> type[M]:
+        hints = typing.get_type_hints(cls)
+        fields: dict[str, Field] = {}
+        for attribute, declared in vars(cls).items():
+            if isinstance(declared, Field):
+                kind = "float" if declared.per_model else _kind(hints.get(attribute), attribute)
+                field = replace(declared, name=declared.name or attribute.rstrip("_"), attribute=attribute, kind=kind)
+                fields[field.name] = field
+        reductions = [value for value in vars(cls).values() if isinstance(value, Reduction)]
+        derived = [value for value in vars(cls).values() if isinstance(value, Derived)]
+        tile = cls.tile  # type: ignore[attr-defined]
+        known = set(_GIVEN)
+        steps: list[Reduction | Derived] = [*reductions, *derived]
+        for step in steps:
+            if unknown := set(step.arguments) - known:
+                raise TypeError(f"{name}.{step.name} asks for {sorted(unknown)}, which nothing before it provides")
+            known.add(step.name)
+        tile_arguments = _arguments(tile)
+        if unknown := set(tile_arguments) - known:
+            raise TypeError(f"{name}.tile asks for {sorted(unknown)}, which nothing provides")
+        cls.info = MethodInfo(
+            name=name,
+            type=cls,
+            source=source,
+            summary=(inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " "),
+            doc=inspect.getdoc(cls) or "",
+            fields=fields,
+            ignored={"int8_mask": "masks are never stored here", **cls.ignored},
+            base=_base_use([tile, *(reduction.function for reduction in reductions)]),
+            reductions=tuple(reductions),
+            derived=tuple(derived),
+            tile_arguments=tile_arguments,
+            models=cls.models,
+        )
+        if name in _REGISTRY and _REGISTRY[name].type.__qualname__ != cls.__qualname__:
+            raise TypeError(f"two methods are called {name}")
+        _REGISTRY[name] = cls.info
+        return cls
+
+    return read
+
+
+def _kind(hint: object, attribute: str) -> Literal["float", "int", "bool"]:
+    plain: dict[object, Literal["float", "int", "bool"]] = {float: "float", int: "int", bool: "bool"}
+    for candidate in (hint, *typing.get_args(hint)):
+        if candidate in plain:
+            return plain[candidate]
+    raise TypeError(f"field {attribute} must be annotated float, int or bool")
+
+
+def _base_use(functions: Sequence[Callable[..., Any]]) -> BaseUse:
+    asked = False
+    for function in functions:
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.name == "deltas":
+                return "required"
+            if parameter.name == "base":
+                asked = True
+                if "None" not in str(parameter.annotation):
+                    return "required"
+            if parameter.name == "vectors":
+                asked = True
+    return "optional" if asked else "none"
+
+
+@cache
+def _discover() -> None:
+    package = importlib.import_module("smelt.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name not in _INFRASTRUCTURE:
+            importlib.import_module(f"smelt.methods.{module.name}")
+
+
+def names() -> list[str]:
+    """Every known method, sorted."""
+    _discover()
+    return sorted(_REGISTRY)
+
+
+def get(name: str) -> MethodInfo:
+    """The declaration of a method; KeyError if there is none of that name."""
+    _discover()
+    return _REGISTRY[name]

@@ -1,0 +1,38 @@
+"""The weighted average of models."""
+
+from __future__ import annotations
+
+from smelt.methods.api import Array, Method, per_model, register, required, scalar
+from smelt.methods.stages import TINY, weighted_sum
+
+
+@register("linear", source="Wortsman et al. 2022, Model soups, arXiv:2203.05482")
+class Linear(Method):
+    """Average the models, each with its weight.
+
+    Equation:
+        y = Σ w_i x_i / Σ w_i        (normalize: false leaves out the division)
+
+    Use it for fine-tunes of one base: the average keeps most of what each has learned and costs least.
+
+    Note: a base_model gives config and tokenizer only; it is averaged in if it is listed among the models.
+
+    Example:
+        merge_method: linear
+        models:
+          - model: models/llama-ft1
+            parameters: {weight: 0.6}
+          - model: models/llama-ft2
+            parameters: {weight: 0.4}
+    """
+
+    weight: Array = per_model(required, doc="how much of each model goes in")
+    normalize: bool = scalar(True, doc="divide the weights by their sum")
+
+    def check(self) -> None:
+        if self.normalize and abs(float(self.weight.sum())) < TINY:
+            raise ValueError("the weights sum to 0, and normalize divides by their sum")
+
+    def tile(self, x: Array) -> Array:
+        weight = self.weight / self.weight.sum() if self.normalize else self.weight
+        return weighted_sum(x, weight)

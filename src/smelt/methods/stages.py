@@ -1,0 +1,123 @@
+"""Shared steps of which methods are composed: trim, drop, elect, rescale, interpolate.
+
+All work on tiles: `vectors` and `deltas` float32 [n, ...], `base` float32 [...]. Sums over models are taken in the
+order of the models, in float64, and rounded to float32 once; so a result depends neither on the shape of the tile nor
+on how a library adds.
+"""
+
+from __future__ import annotations
+
+from array_api_compat import array_namespace
+
+from smelt.methods.api import Array
+from smelt.methods.fields import per_model, scalar
+from smelt.methods.reducers import Cut
+
+TINY = 1e-8
+"""Divisors smaller than this count as 1."""
+
+
+LAMBDA = scalar(1.0, name="lambda", doc="factor on the merged task vector before it is added to the base")
+DENSITY = per_model(1.0, doc="share of entries kept; 1 or more keeps all, 0 or less none")
+RESCALE_DOC = (
+    "true: scale what is kept so that each task vector keeps its L1 norm; density: divide it by the density, as the "
+    "DARE paper does; false: leave it"
+)
+
+
+def weighted_sum(vectors: Array, coefficients: Array, *, start: Array | None = None) -> Array:
+    """start + Σ_i c_i v_i: vectors float32 [n, ...], coefficients float64 [n, ...] -> float32 [...]."""
+    xp = array_namespace(vectors)
+    total = coefficients[0] * xp.astype(vectors[0], xp.float64)
+    for i in range(1, vectors.shape[0]):
+        total += coefficients[i] * vectors[i]
+    if start is not None:
+        total += start
+    return xp.astype(total, xp.float32)
+
+
+def divisor(weight: Array) -> float:
+    """Σ w_i as a divisor: 1 where it is nearly zero."""
+    total = float(sum(float(w) for w in weight.reshape(-1)))
+    return total if abs(total) >= TINY else 1.0
+
+
+def counts_to_keep(density: Array, size: int) -> Array:
+    """K_i = max(1, floor(density_i · N)) entries; all where density ≥ 1, none where it is ≤ 0. int64 [n]."""
+    xp = array_namespace(density)
+    share = xp.reshape(density, (-1,))
+    count = xp.astype(xp.floor(share * float(size)), xp.int64)
+    count = xp.where(count < 1, xp.ones_like(count), count)
+    count = xp.where(share >= 1.0, xp.full_like(count, size), count)
+    return xp.where(share <= 0.0, xp.zeros_like(count), count)
+
+
+def trim(deltas: Array, cut: Cut | None, uniform: Array) -> Array:
+    """Keep the entries whose magnitude is above the cut, and of those that equal it the share that fills the count.
+
+    Where many magnitudes equal the cut, each is kept with probability `cut.share`: no region is favoured.
+    """
+    if cut is None:
+        return deltas
+    xp = array_namespace(deltas)
+    magnitude = xp.abs(deltas)
+    keep = (magnitude > cut.value) | ((magnitude == cut.value) & (uniform < cut.share))
+    return xp.where(keep, deltas, xp.zeros_like(deltas))
+
+
+def drop(deltas: Array, density: Array, uniform: Array) -> Array:
+    """Keep each entry with probability `density`, whatever its size."""
+    xp = array_namespace(deltas)
+    return xp.where(uniform < density, deltas, xp.zeros_like(deltas))
+
+
+def l1_factors(whole: Array, kept: Array) -> Array:
+    """‖d_i‖₁ / ‖kept_i‖₁ per model, float64 [n]; 1 where either norm is below 1e-7."""
+    xp = array_namespace(whole)
+    usable = (whole >= 1e-7) & (kept >= 1e-7)
+    ones = xp.ones_like(whole)
+    return xp.where(usable, whole / xp.where(usable, kept, ones), ones)
+
+
+def rescale_factors(rescale: bool | str, density: Array, whole: Array, kept: Array) -> Array | None:
+    """What each task vector is multiplied by, [n, 1]: None (false), the L1 match (true), 1 / density ("density")."""
+    if rescale is True:
+        return l1_factors(whole, kept)[:, None]
+    if rescale == "density":
+        xp = array_namespace(density)
+        usable = (density > 0.0) & (density < 1.0)
+        return xp.where(usable, 1.0 / xp.where(usable, density, xp.ones_like(density)), xp.ones_like(density))
+    return None
+
+
+def combine(vectors: Array, weight: Array, *, factors: Array | None, elected: bool, normalize: bool) -> Array:
+    """Mix weighted vectors per entry: float32 [n, ...] -> float64 [...].
+
+    W_i = w_i f_i v_i. Not elected: Σ W_i, divided (normalize) by Σ w_i. Elected: the sign is + where Σ W_i ≥ 0, else −;
+    Σ of the W_i that agree with it, divided (normalize) by the Σ of their w_i. A zero agrees with neither sign.
+    """
+    xp = array_namespace(vectors)
+    scale = weight if factors is None else weight * factors
+    weighted = [scale[i] * xp.astype(vectors[i], xp.float64) for i in range(vectors.shape[0])]
+    total = weighted[0]
+    for value in weighted[1:]:
+        total = total + value
+    if not elected:
+        return total / divisor(weight) if normalize else total
+    positive = total >= 0
+    mixed = xp.zeros_like(total)
+    agreeing = xp.zeros_like(total)
+    for i, value in enumerate(weighted):
+        agrees = xp.where(positive, value > 0, value < 0)
+        mixed = xp.where(agrees, mixed + value, mixed)
+        if normalize:
+            agreeing = xp.where(agrees, agreeing + weight[i], agreeing)
+    if normalize:
+        mixed = mixed / xp.where(xp.abs(agreeing) < TINY, xp.ones_like(agreeing), agreeing)
+    return mixed
+
+
+def add_to_base(base: Array, mixed: Array, factor: float) -> Array:
+    """b + λ · mixed, rounded once to float32."""
+    xp = array_namespace(base)
+    return xp.astype(base + factor * mixed, xp.float32)

@@ -1,0 +1,371 @@
+"""Recipe and opened models -> Plan. Headers and configs are all it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from smelt.dtypes import OUTPUT_NAMES, DType, promote
+from smelt.errors import InputError, RecipeError, SmeltError, raise_all
+from smelt.methods import api
+from smelt.planning.align import Alignment, ExtraTensors, Slot, align
+from smelt.planning.anatomy import Role
+from smelt.planning.entries import Action, Entry, Input, Plan
+from smelt.planning.locate import Model
+from smelt.planning.sections import sections
+from smelt.recipe.canonical import digest
+from smelt.recipe.check import check_parameters, notes
+from smelt.recipe.schema import Recipe
+from smelt.recipe.select import Found, Level, resolve, unmatched
+from smelt.specs import TensorSpec
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """What can be said of a recipe before any model is opened; all problems at once."""
+    raise_all(check_parameters(recipe))
+
+
+def build(recipe: Recipe, opened: Mapping[str, Model], *, allow: frozenset[str] = frozenset(), seed: int = 0) -> Plan:
+    """The plan of a recipe over opened models (`locate.open_models`). Raises all problems found, together."""
+    return _Builder(recipe, opened, allow | frozenset(recipe.allow), seed).plan()
+
+
+class _Builder:
+    """What the steps of planning share."""
+
+    def __init__(self, recipe: Recipe, opened: Mapping[str, Model], allow: frozenset[str], seed: int) -> None:
+        self.recipe = recipe
+        self.allow = allow
+        self.seed = seed
+        self.info = api.get(recipe.merge_method)
+        self.models: list[Model] = []
+        self.place: dict[str, int] = {}
+        for name in recipe.model_names():
+            model = opened[name.text]
+            index = next((i for i, known in enumerate(self.models) if known is model), None)
+            if index is None:
+                index = len(self.models)
+                self.models.append(model)
+            self.place[name.text] = index
+        self.base = self.place[recipe.base_model.text] if recipe.base_model is not None else None
+        self.donor = self.base or 0
+        self.output = next((OUTPUT_NAMES[word] for word in (recipe.out_dtype, recipe.dtype) if word is not None), None)
+        self.problems: list[SmeltError] = []
+        self.warnings: list[str] = []
+        self.notes: list[str] = []
+        self._checked: dict[tuple[Any, ...], str | None] = {}
+        self._mixed: dict[tuple[str, ...], int] = {}
+
+    def plan(self) -> Plan:
+        found, problems = sections(self.recipe, self.info, self.models, self.place)
+        raise_all(problems)
+        alignment = align(self.recipe, self.models, found, donor=self.donor)
+        self._alignment_problems(alignment)
+        self._check_quantised()
+        entries = [entry for slot in alignment.slots if (entry := self._entry(slot)) is not None]
+        raise_all(self.problems)
+        self._report(alignment)
+        head = self.models[self.donor].anatomy.head or any(entry.part.role is Role.HEAD for entry in entries)
+        return Plan(
+            method=self.info.name,
+            models=tuple(model.planned for model in self.models),
+            donor=self.donor,
+            base=self.base,
+            entries=tuple(entries),
+            recipe_digest=digest(self.recipe, rename={text: self.models[i].name for text, i in self.place.items()}),
+            layers=alignment.layers,
+            source_layers=alignment.source_layers,
+            tied=self._tied(bool(head)),
+            ignored=alignment.ignored,
+            notes=tuple(self.notes),
+            warnings=tuple(self.warnings),
+            seed=self.seed,
+        )
+
+    # --- one output tensor --------------------------------------------------------------------------------------
+
+    def _entry(self, slot: Slot) -> Entry | None:
+        giver = self.models[self.donor]
+        if slot.part.role is Role.BUFFER:
+            return self._buffer(slot, giver)
+        present = [i for i, tensor in enumerate(slot.tensors) if tensor is not None]
+        if len(present) < len(slot.tensors):
+            lacking = [slot.section.contributors[i].text for i in range(len(slot.tensors)) if i not in present]
+            if "missing_tensor" not in self.allow or not present:
+                self.problems.append(_missing(slot, lacking, [slot.section.contributors[i].text for i in present]))
+                return None
+        contributors = [(slot.section.contributors[i], _spec(slot, i)) for i in present]
+        if not self._shapes_agree(slot, contributors):
+            return None
+        inputs = [(one, tensor) for one, tensor in contributors if not one.is_base]
+        bases = [(one, tensor) for one, tensor in contributors if one.is_base]
+        if not inputs or (self.info.base == "required" and not bases) or self._too_few(inputs, slot):
+            one, tensor = contributors[0]
+            return self._copy(slot, Input(one.model, tensor), "the models that the method needs lack it")
+        tensors = [tensor for _, tensor in contributors]
+        if not all(tensor.dtype.floating for tensor in tensors):
+            return self._carried(slot, contributors)
+        values, origins = self._values(slot, [one for one, _ in inputs], [tensor for _, tensor in inputs])
+        if values is None:
+            return None
+        dtype = self.output or promote([tensor.dtype for tensor in tensors])
+        self._note_mixed(tensors)
+        entry = Entry(
+            name=slot.name,
+            dtype=dtype,
+            shape=tensors[0].shape,
+            part=slot.part,
+            action=Action.MERGE,
+            method=self.info.name,
+            inputs=tuple(Input(one.model, tensor) for one, tensor in inputs),
+            base=Input(bases[0][0].model, bases[0][1]) if bases else None,
+            values=values,
+            origins=origins,
+        )
+        return self._settle(entry, slot)
+
+    def _settle(self, entry: Entry, slot: Slot) -> Entry | None:
+        """Let the method check its settings together; turn what leaves the bytes as they are into a copy."""
+        key = tuple((name, tuple(v) if isinstance(v, tuple) else v) for name, v in entry.values.items())
+        if key not in self._checked:
+            self._checked[key] = None
+            method = self.info.type(entry.values, models=len(entry.inputs))
+            try:
+                method.check()
+            except ValueError as error:
+                self._checked[key] = str(error)
+                self.problems.append(
+                    RecipeError(
+                        f"{self.info.name}: {error}",
+                        where=[
+                            self.recipe.position("merge_method"),
+                            f"first at tensor '{entry.name}'",
+                            *(f"{name}: {value}" for name, value in entry.values.items()),
+                        ],
+                        fix="change these settings",
+                    )
+                )
+        if self._checked[key] is not None:
+            return None
+        method = self.info.type(entry.values, models=len(entry.inputs))
+        if method.copies() and entry.inputs[0].tensor.dtype is entry.dtype:
+            return self._copy(slot, entry.inputs[0], "taken as it is", entry.values, entry.origins)
+        return entry
+
+    def _copy(
+        self,
+        slot: Slot,
+        source: Input,
+        reason: str,
+        values: Mapping[str, Any] | None = None,
+        origins: Mapping[str, Any] | None = None,
+    ) -> Entry:
+        tensor = source.tensor
+        keep = self.output is None or self.output is tensor.dtype or not tensor.dtype.floating
+        if slot.part.role is Role.BUFFER or keep:
+            action, dtype, method = Action.COPY, tensor.dtype, self.info.name
+        else:
+            assert self.output is not None
+            action, dtype, method = Action.MERGE, self.output, "passthrough"
+            values, origins = {"scale": (1.0,)}, {}
+        return Entry(
+            slot.name,
+            dtype,
+            tensor.shape,
+            slot.part,
+            action,
+            method,
+            (source,),
+            None,
+            values or {},
+            origins or {},
+            reason,
+        )
+
+    def _buffer(self, slot: Slot, giver: Model) -> Entry:
+        for one, tensor in zip(slot.section.contributors, slot.tensors, strict=True):
+            if tensor is not None and one.model == self.donor:
+                return self._copy(slot, Input(one.model, tensor), "a buffer, not a parameter: the donor's")
+        for one, tensor in zip(slot.section.contributors, slot.tensors, strict=True):
+            if tensor is not None:
+                return self._copy(slot, Input(one.model, tensor), "a buffer, not a parameter")
+        tensor = giver.source.tensors[slot.name]
+        return self._copy(slot, Input(self.donor, tensor), "a buffer, not a parameter: the donor's")
+
+    def _carried(self, slot: Slot, contributors: Sequence[tuple[Any, TensorSpec]]) -> Entry | None:
+        """A tensor that cannot be averaged: the same bytes in every model, checked before anything is written."""
+        codes = {tensor.dtype.code for _, tensor in contributors}
+        if len(codes) > 1:
+            self.problems.append(
+                InputError(
+                    f"tensor '{slot.name}' has types that cannot be merged",
+                    where=[f"{one.text}  {tensor}" for one, tensor in contributors],
+                    fix="only floating types are merged: drop the model that stores other numbers",
+                )
+            )
+            return None
+        first = contributors[0][1]
+        return Entry(
+            slot.name,
+            first.dtype,
+            first.shape,
+            slot.part,
+            Action.EQUAL if len(contributors) > 1 else Action.COPY,
+            self.info.name,
+            tuple(Input(one.model, tensor) for one, tensor in contributors),
+            reason=f"{first.dtype} numbers are never averaged: copied, and the same in every model",
+        )
+
+    # --- numbers ------------------------------------------------------------------------------------------------
+
+    def _values(
+        self, slot: Slot, contributors: Sequence[Any], tensors: Sequence[TensorSpec]
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """Every parameter of the method for one tensor, and where each was found."""
+        shared = [Level(scope.label, scope.parameters) for scope in slot.section.scopes if scope.parameters]
+        values: dict[str, Any] = {}
+        origins: dict[str, Any] = {}
+        for name, field in self.info.fields.items():
+            if not field.per_model:
+                found = resolve(name, shared, tensor=slot.name, t=slot.t)
+                values[name], origins[name] = self._value(field, found, slot.name, None)
+                continue
+            row = []
+            places = []
+            for one, tensor in zip(contributors, tensors, strict=True):
+                own = [Level(one.scope.label, one.scope.parameters)] if one.scope.parameters else []
+                levels = [*own, *shared]
+                found = resolve(name, levels, tensor=tensor.name, t=slot.t)
+                value, origin = self._value(field, found, tensor.name, one.text)
+                row.append(value)
+                places.append(origin)
+            values[name], origins[name] = tuple(row), tuple(places)
+        missing = any(v is None or (isinstance(v, tuple) and None in v) for v in values.values())
+        return (None if missing else values), origins
+
+    def _value(self, field: Any, found: Found | None, tensor: str, model: str | None) -> tuple[Any, Found | None]:
+        if found is not None:
+            try:
+                return field.check(found.value), found
+            except ValueError as error:
+                of = f" of {model}" if model else ""
+                self.problems.append(
+                    RecipeError(f"{field.name}{of} {error}", where=[f"tensor '{tensor}'", found.level])
+                )
+                return None, found
+        if not field.is_required:
+            return field.default, None
+        of = f" for {model}" if model else ""
+        self.problems.append(
+            RecipeError(
+                f"{self.info.name} needs '{field.name}', and none is set{of}",
+                where=[self.recipe.position("merge_method"), f"first at tensor '{tensor}'"],
+                fix=f"add `{field.name}: …` under parameters, or an entry without filter at the end of its list",
+            )
+        )
+        return None, None
+
+    # --- what does not fit --------------------------------------------------------------------------------------
+
+    def _shapes_agree(self, slot: Slot, contributors: Sequence[tuple[Any, TensorSpec]]) -> bool:
+        if len({tensor.shape for _, tensor in contributors}) == 1:
+            return True
+        where = [f"{'base ' if one.is_base else 'model'} {one.text}  {tensor}" for one, tensor in contributors]
+        rows = slot.part.role in (Role.EMBEDDING, Role.HEAD)
+        fix = (
+            "the vocabularies differ: merge models with the same tokenizer, or drop the model that differs"
+            if rows
+            else "models must have the same sizes: drop the one that differs"
+        )
+        self.problems.append(InputError(f"tensor '{slot.name}' has different shapes", where=where, fix=fix))
+        return False
+
+    def _too_few(self, inputs: Sequence[Any], slot: Slot) -> bool:
+        return len(inputs) < len([one for one in slot.section.contributors if not one.is_base]) and (
+            len(inputs) < self.info.models[0]
+        )
+
+    def _alignment_problems(self, alignment: Alignment) -> None:
+        for problem in alignment.problems:
+            if isinstance(problem, ExtraTensors) and "extra_tensor" in self.allow:
+                for name in problem.names:
+                    alignment.ignored[f"{problem.model}: {name}"] = "extra_tensor is allowed"
+                self.warnings.append(f"{problem.message}: left out, as extra_tensor is allowed")
+            else:
+                self.problems.append(problem)
+
+    def _check_quantised(self) -> None:
+        for model in self.models:
+            stated = (model.config or {}).get("quantization_config")
+            packed = next(
+                (t for t in model.source.tensors.values() if t.dtype.code.startswith(("F8", "F6", "F4"))), None
+            )
+            if not isinstance(stated, dict) and packed is None:
+                continue
+            kind = stated.get("quant_method", "unknown") if isinstance(stated, dict) else str(packed)
+            self.problems.append(
+                InputError(
+                    f"model {model.name} is quantised ({kind}), and its numbers cannot be merged as they are",
+                    where=["config.json  quantization_config" if isinstance(stated, dict) else f"tensor {packed}"],
+                    fix="use the model's original weights (float16, bfloat16 or float32)",
+                )
+            )
+
+    def _note_mixed(self, tensors: Sequence[TensorSpec]) -> None:
+        names = tuple(sorted({tensor.dtype.name for tensor in tensors}))
+        if len(names) > 1:
+            self._mixed[names] = self._mixed.get(names, 0) + 1
+
+    def _report(self, alignment: Alignment) -> None:
+        self.notes.extend(alignment.notes)
+        self.notes.extend(notes(self.recipe))
+        for names, count in self._mixed.items():
+            self.notes.append(f"{count} tensors mix {' and '.join(names)}; all are worked on in float32")
+        known = {tensor for model in self.models for tensor in model.source.tensors}
+        known.update(slot.name for slot in alignment.slots)
+        self.warnings.extend(unmatched(self.recipe, sorted(known)))
+        if alignment.ignored:
+            reasons: dict[str, int] = {}
+            for reason in alignment.ignored.values():
+                reasons[reason] = reasons.get(reason, 0) + 1
+            self.notes.extend(f"{count} input tensors are not used: {reason}" for reason, count in reasons.items())
+
+    def _tied(self, head: bool) -> bool:
+        """Whether the merged model's config ties its head: never where a head of its own might differ."""
+        declared = [_declares_tied(model) for model in self.models]
+        if not head:
+            return self.models[self.donor].anatomy.tied
+        return all(declared)
+
+
+def _declares_tied(model: Model) -> bool:
+    config = model.config or {}
+    text = config.get("text_config")
+    nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    return model.anatomy.tied or config.get("tie_word_embeddings", nested) is True
+
+
+def _spec(slot: Slot, index: int) -> TensorSpec:
+    tensor = slot.tensors[index]
+    assert tensor is not None
+    return tensor
+
+
+def _missing(slot: Slot, lacking: Sequence[str], having: Sequence[str]) -> InputError:
+    return InputError(
+        f"tensor '{slot.name}' is missing in {', '.join(lacking)}",
+        where=[f"present in {', '.join(having) or 'none of the models'}", slot.section.label],
+        fix="drop the model that lacks it, or merge it from those that have it with `allow: [missing_tensor]` "
+        "(--allow missing_tensor)",
+    )
+
+
+def output_dtype(plan: Plan) -> DType | None:
+    """The floating type that most of the output's bytes have, which the config names; None without any."""
+    sizes: dict[str, int] = {}
+    types: dict[str, DType] = {}
+    for entry in plan.entries:
+        if entry.dtype.floating:
+            sizes[entry.dtype.code] = sizes.get(entry.dtype.code, 0) + entry.nbytes
+            types[entry.dtype.code] = entry.dtype
+    return types[max(sizes, key=lambda code: sizes[code])] if sizes else None

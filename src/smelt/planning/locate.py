@@ -1,0 +1,115 @@
+"""A recipe's model names -> opened checkpoints with their config and anatomy.
+
+`x/y` means an existing folder beside the recipe, then in the working folder, then the hub cache, then the hub. A name
+that begins with `./`, `../`, `~` or is absolute never means the hub.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from smelt.errors import InputError, SmeltError, nearest, raise_all
+from smelt.planning.anatomy import Anatomy, anatomy, check
+from smelt.planning.entries import PlannedModel
+from smelt.recipe.references import ModelName, resolve_name
+from smelt.specs import ModelRef
+from smelt.storage.checkpoint import TensorSource
+from smelt.storage.sources.hub import resolve
+from smelt.storage.sources.local import open_folder
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """An opened model: where its tensors come from, its raw config.json, what its tensors are."""
+
+    planned: PlannedModel
+    source: TensorSource
+    config: dict[str, object] | None
+    anatomy: Anatomy
+
+    @property
+    def name(self) -> str:
+        return self.planned.published
+
+
+def open_models(names: Iterable[ModelName], *, beside: Path | None, stack: ExitStack) -> dict[str, Model]:
+    """Open every model of a recipe; `beside` is the recipe's folder. All that cannot be opened is told at once.
+
+    Two names that lead to the same folder give the same Model. The checkpoints are closed with `stack`.
+    """
+    models: dict[str, Model] = {}
+    by_place: dict[tuple[str, str | None], Model] = {}
+    taken: set[str] = set()
+    problems: list[SmeltError] = []
+    for name in names:
+        try:
+            ref = resolve_name(name, folders=_roots(beside))
+            place, published, commit = _find(ref, beside)
+            key = (str(place), commit)
+            if key not in by_place:
+                unique = _unique(published, taken)
+                taken.add(unique)
+                source = stack.enter_context(open_folder(place, name=unique))
+                config = source.json("config.json")
+                parts = anatomy(source.tensors, config)
+                problems.extend(check(parts, config, unique))
+                by_place[key] = Model(PlannedModel(ref, unique, str(place), commit), source, config, parts)
+            models[name.text] = by_place[key]
+        except SmeltError as error:
+            problems.extend(error.problems)
+    raise_all(problems)
+    return models
+
+
+def _roots(beside: Path | None) -> list[Path]:
+    """Where relative paths begin: the recipe's folder, then the working folder."""
+    return list(dict.fromkeys(root for root in (beside, Path.cwd()) if root is not None))
+
+
+def _find(ref: ModelRef, beside: Path | None) -> tuple[Path, str, str | None]:
+    """The folder of a model, the name under which it is published, and its commit if it is the hub's."""
+    text = ref.path.rstrip("/\\") or ref.path
+    local_only = text.startswith((".", "~", "/", "\\")) or Path(text).is_absolute() or ":" in text
+    here = Path(text).expanduser()
+    tried = [here] if here.is_absolute() else [root / here for root in _roots(beside)]
+    for folder in tried:
+        if folder.exists():
+            resolved = folder.resolve()
+            return resolved, resolved.name or "model", None
+    if local_only or not _HUB_ID.fullmatch(text):
+        raise InputError(f"there is no model at '{ref.text}'", where=_missing(tried), fix=_near_folder(tried))
+    try:
+        found = resolve(text, ref.revision)
+    except InputError as error:
+        where = [*error.where, *_missing(tried)]
+        raise InputError(error.message, where=where, fix=_near_folder(tried, error.fix)) from error
+    return found.path, found.repo, found.commit
+
+
+def _missing(tried: list[Path]) -> list[str]:
+    return [f"no such folder: {folder}" for folder in tried]
+
+
+def _near_folder(tried: list[Path], otherwise: str | None = None) -> str:
+    """A folder beside the missing one whose name is close, as a question."""
+    for folder in tried:
+        if folder.parent.is_dir():
+            close = nearest(folder.name, sorted(path.name for path in folder.parent.iterdir() if path.is_dir()))
+            if close:
+                return f"did you mean {folder.parent / close}?"
+    return otherwise or "paths are relative to the recipe's folder, or to the working folder"
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    """Two folders of the same name are told apart by a number."""
+    number, unique = 1, name
+    while unique in taken:
+        number += 1
+        unique = f"{name}-{number}"
+    return unique

@@ -1,0 +1,83 @@
+"""The recipe's `models` or `slices` as sections: who contributes which layers, and who is the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from smelt.errors import RecipeError, SmeltError
+from smelt.methods.api import MethodInfo
+from smelt.planning.align import Contributor, Section
+from smelt.planning.locate import Model
+from smelt.recipe.schema import Block, Recipe, Scope
+
+
+def sections(
+    recipe: Recipe, info: MethodInfo, models: Sequence[Model], place: Mapping[str, int]
+) -> tuple[list[Section], list[SmeltError]]:
+    """Who contributes to which output layers, and what is wrong with it. `place` maps names to places in `models`.
+
+    A base that the method uses is a contributor marked as base: where `models` does not list it, it is added last. For
+    a method without a base, base_model is a contributor like others if it is listed, and none if it is not.
+    """
+    problems: list[SmeltError] = []
+    result = []
+    for block in recipe.blocks():
+        base = None if block.base_model is None or info.base == "none" else place[block.base_model.text]
+        contributors = _contributors(block, recipe, models, place, base, problems)
+        if base is not None and not any(one.is_base for one in contributors):
+            if block.is_slice:
+                problems.append(_unlisted_base(block, recipe, info))
+            else:
+                scope = Scope(f"model {block.base_model}", (), {})
+                contributors.append(Contributor(base, str(block.base_model), _whole(models[base]), scope, True))
+        result.append(Section(block.scopes[0].label, tuple(contributors), block.scopes))
+    return result, problems
+
+
+def _contributors(
+    block: Block,
+    recipe: Recipe,
+    models: Sequence[Model],
+    place: Mapping[str, int],
+    base: int | None,
+    problems: list[SmeltError],
+) -> list[Contributor]:
+    contributors = []
+    for i, source in enumerate(block.sources):
+        index = place[source.model.text]
+        model = models[index]
+        whole = _whole(model)
+        layers = source.layer_range or whole
+        if source.layer_range is not None and model.anatomy.main is not None and layers[1] > whole[1]:
+            problems.append(
+                RecipeError(
+                    f"layer_range {list(layers)} goes beyond {model.name}, which has {whole[1]} layers",
+                    where=recipe.where(*block.path, i, "layer_range"),
+                    fix=f"end the range at {whole[1]} or before (the end is not included)",
+                )
+            )
+        contributors.append(Contributor(index, source.model.text, layers, block.source_scope(i), index == base))
+    if block.is_slice and len({one.layers[1] - one.layers[0] for one in contributors}) > 1:
+        problems.append(
+            RecipeError(
+                f"{block.scopes[0].label} takes layer ranges of different lengths",
+                where=[
+                    *recipe.where(*block.path),
+                    *(f"{one.text}  {list(one.layers)}: {one.layers[1] - one.layers[0]}" for one in contributors),
+                ],
+                fix="give every source of a slice the same number of layers",
+            )
+        )
+    return contributors
+
+
+def _unlisted_base(block: Block, recipe: Recipe, info: MethodInfo) -> RecipeError:
+    return RecipeError(
+        f"{block.scopes[0].label} does not list the base model {block.base_model}, which {info.name} needs",
+        where=recipe.where(*block.path),
+        fix="add the base to the sources of the slice, with its layer_range",
+    )
+
+
+def _whole(model: Model) -> tuple[int, int]:
+    return 0, model.anatomy.stacks.get(model.anatomy.main or "", 0)

@@ -1,0 +1,284 @@
+"""The recipe language: MergeKit's YAML, strict, with a few keys more: `name`, `methods`, `allow`, `match:` in settings.
+
+These records hold what a recipe says and no defaults of methods. `parse.parse`, `parse.load` and `parse.from_dict` make
+them; that is where problems are put into words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    PrivateAttr,
+    WithJsonSchema,
+)
+
+from smelt.dtypes import OUTPUT_NAMES
+from smelt.errors import nearest
+from smelt.recipe.document import Document, KeyPath
+from smelt.recipe.faults import Fault, describe, refuse
+from smelt.recipe.references import ModelName, read_model_name
+from smelt.recipe.settings import Case, Conditional, Gradient, Scalar, Setting, read_boolean, read_setting
+
+__all__ = [
+    "Block",
+    "Case",
+    "Conditional",
+    "Gradient",
+    "ModelName",
+    "Module",
+    "Recipe",
+    "Scalar",
+    "Scope",
+    "Setting",
+    "Slice",
+    "Source",
+    "TokenRule",
+    "TokenSource",
+    "Tokenizer",
+]
+
+T = TypeVar("T")
+
+_LEGACY_PREFIX = "model:"
+"""Early MergeKit recipes wrote `tokenizer_source: model:org/name`."""
+
+
+def _read_dtype(name: str) -> str:
+    if name not in OUTPUT_NAMES:
+        close = nearest(name, OUTPUT_NAMES)
+        fix = f"did you mean `{close}`?" if close else f"use one of {', '.join(OUTPUT_NAMES)}"
+        refuse([Fault(f"{describe(name)} is no type that a recipe can ask for", fix=fix)])
+    return name
+
+
+def _read_layer_range(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    fix = "write `layer_range: [FIRST, END]`; layer END itself is left out"
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        refuse([Fault(f"`layer_range` must be two whole numbers, not {describe(value)}", fix=fix)])
+    for index, entry in enumerate(value):
+        if isinstance(entry, bool) or not isinstance(entry, int):
+            refuse([Fault(f"`layer_range` must be two whole numbers, not {describe(entry)}", (index,), fix)])
+    first, end = value
+    if first < 0:
+        refuse([Fault(f"`layer_range` [{first}, {end}] begins before layer 0", fix="count layers from 0")])
+    if end <= first:
+        what = "is empty" if end == first else "is reversed"
+        refuse([Fault(f"`layer_range` [{first}, {end}] {what}", fix=fix)])
+    return first, end
+
+
+def _read_vocabulary(value: Any) -> ModelName | str:
+    if isinstance(value, str):
+        if value in ("union", "base"):
+            return value
+        return read_model_name(value.removeprefix(_LEGACY_PREFIX))
+    return read_model_name(value)
+
+
+def _or_empty(value: Any) -> Any:
+    return {} if value is None else value
+
+
+_NAME_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "object"}]}
+_SETTING_SCHEMA = {"anyOf": [{"type": kind} for kind in ("number", "boolean", "string", "array", "object")]}
+
+Many: TypeAlias = Annotated[tuple[T, ...], Field(strict=False, min_length=1)]
+Name: TypeAlias = Annotated[ModelName, PlainValidator(read_model_name), WithJsonSchema(_NAME_SCHEMA)]
+Parameters: TypeAlias = Annotated[
+    dict[str, Annotated[Setting, PlainValidator(read_setting), WithJsonSchema(_SETTING_SCHEMA)]],
+    BeforeValidator(_or_empty),
+]
+DTypeName: TypeAlias = Annotated[str, AfterValidator(_read_dtype)]
+Vocabulary: TypeAlias = Annotated[
+    ModelName | Literal["union", "base"], PlainValidator(_read_vocabulary), WithJsonSchema(_NAME_SCHEMA)
+]
+Relaxation = Literal["extra_tensor", "missing_tensor", "nonfinite"]
+
+
+class Record(BaseModel):
+    """What every part of a recipe has in common: no unknown keys, no guessed types, no changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(Record):
+    """A model in `models:` or `sources:`, with its own settings; `layer_range` (sources only) is [first, end)."""
+
+    model: Name
+    layer_range: Annotated[tuple[int, int] | None, PlainValidator(_read_layer_range)] = None
+    parameters: Parameters = Field(default_factory=dict)
+
+
+class Slice(Record):
+    """Layers of the output: the same number of layers from each source, merged."""
+
+    sources: Many[Source]
+    base_model: Name | None = None
+    parameters: Parameters = Field(default_factory=dict)
+
+
+class Module(Record):
+    """A named part of a model with several (`text_decoder`, ...), made from `models` or from `slices`."""
+
+    models: Many[Source] | None = None
+    slices: Many[Slice] | None = None
+    parameters: Parameters = Field(default_factory=dict)
+
+
+class TokenSource(Record):
+    """Where an embedding row comes from: zeros, or the row of one token of one model."""
+
+    kind: Literal["model_token", "zero"]
+    model: Name | None = None
+    token_id: Annotated[int, Field(ge=0)] | None = None
+    token: str | None = None
+
+
+def _read_token_source(value: Any) -> ModelName | TokenSource | None:
+    if isinstance(value, dict) and "kind" in value:
+        return TokenSource.model_validate(value)
+    return None if value is None else read_model_name(value)
+
+
+class TokenRule(Record):
+    """The embedding row of a token for models that lack it; with `force` for all models."""
+
+    source: Annotated[
+        ModelName | TokenSource | None, PlainValidator(_read_token_source), WithJsonSchema(_NAME_SCHEMA)
+    ] = None
+    force: Annotated[bool, BeforeValidator(read_boolean)] = False
+
+
+class Tokenizer(Record):
+    """The output's vocabulary: that of a model, of the base (`base`), or the union of all (`union`)."""
+
+    source: Vocabulary = "union"
+    tokens: Annotated[dict[str, TokenRule], BeforeValidator(_or_empty)] = Field(default_factory=dict)
+    pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Settings of one level, for `select.Level`; `path` is where its `parameters:` stand in the recipe."""
+
+    label: str
+    path: KeyPath
+    parameters: Mapping[str, Setting]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Sources that are merged with each other: all of `models:`, or one slice."""
+
+    path: KeyPath
+    """Of the list of sources."""
+    module: str | None
+    is_slice: bool
+    sources: tuple[Source, ...]
+    base_model: ModelName | None
+    scopes: tuple[Scope, ...]
+    """Outside the sources, nearest first: slice, module, recipe."""
+
+    def is_base(self, index: int) -> bool:
+        """Whether a source is the base model."""
+        return self.base_model is not None and self.sources[index].model.text == self.base_model.text
+
+    def source_scope(self, index: int) -> Scope:
+        """The level of one source: the first to be asked for per-model settings."""
+        source = self.sources[index]
+        return Scope(f"model {source.model}", (*self.path, index, "parameters"), source.parameters)
+
+
+class Recipe(Record):
+    """A whole recipe."""
+
+    merge_method: str
+    name: str | None = None
+    base_model: Name | None = None
+    models: Many[Source] | None = None
+    slices: Many[Slice] | None = None
+    modules: Annotated[dict[str, Module], Field(min_length=1)] | None = None
+    parameters: Parameters = Field(default_factory=dict)
+    dtype: DTypeName | None = None
+    out_dtype: DTypeName | None = None
+    tokenizer_source: Vocabulary | None = None
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
+    methods: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    allow: Annotated[tuple[Relaxation, ...], Field(strict=False)] = ()
+
+    _document: Document = PrivateAttr(default_factory=lambda: Document(None, "recipe"))
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same, wherever they were read."""
+        return isinstance(other, Recipe) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def source(self) -> str:
+        """The name that messages use: of the file, or `recipe`."""
+        return self._document.source
+
+    def position(self, *path: str | int) -> str:
+        """`recipe.yml:7:5` for a key (or its nearest known surroundings); the source name where nothing is known."""
+        return self._document.label(path)
+
+    def where(self, *path: str | int, value: bool = False) -> list[str]:
+        """For the `where` of an error: the position of a key (or of its value), and the text of that line."""
+        return self._document.where(path, value=value)
+
+    @property
+    def vocabulary(self) -> Tokenizer | None:
+        """`tokenizer`, or what `tokenizer_source` says in its stead."""
+        if self.tokenizer_source is not None:
+            return Tokenizer(source=self.tokenizer_source)
+        return self.tokenizer
+
+    def blocks(self) -> Iterator[Block]:
+        """All that is merged, in recipe order."""
+        outer = Scope("recipe", ("parameters",), self.parameters)
+        if self.modules is None:
+            yield from _blocks(self, self.models, self.slices, (), None, (outer,))
+            return
+        for name, module in self.modules.items():
+            scope = Scope(f"module {name}", ("modules", name, "parameters"), module.parameters)
+            yield from _blocks(self, module.models, module.slices, ("modules", name), name, (scope, outer))
+
+    def model_names(self) -> list[ModelName]:
+        """Every model that is merged or named as a base, each once, in recipe order; an unlisted base comes last."""
+        listed = [source.model for block in self.blocks() for source in block.sources]
+        bases = [block.base_model for block in self.blocks()]
+        names: dict[str, ModelName] = {}
+        for name in (*listed, *bases, self.base_model):
+            if name is not None:
+                names.setdefault(name.text, name)
+        return list(names.values())
+
+
+def _blocks(
+    recipe: Recipe,
+    models: tuple[Source, ...] | None,
+    slices: tuple[Slice, ...] | None,
+    path: KeyPath,
+    module: str | None,
+    scopes: tuple[Scope, ...],
+) -> Iterator[Block]:
+    if models is not None:
+        yield Block((*path, "models"), module, False, models, recipe.base_model, scopes)
+    for index, part in enumerate(slices or ()):
+        at = (*path, "slices", index)
+        scope = Scope(f"slice {index + 1}", (*at, "parameters"), part.parameters)
+        base = part.base_model or recipe.base_model
+        yield Block((*at, "sources"), module, True, part.sources, base, (scope, *scopes))

@@ -1,0 +1,516 @@
+"""The only module that opens, reads, writes, syncs, renames, removes and locks.
+
+Every call to the operating system goes through `system`, so a test can make call k fail by replacing that one function,
+and every refusal becomes a `StorageError` that says what was tried, on which path, and what to do. A given path that is
+missing or not a regular file is the caller's input and becomes an `InputError`.
+
+Reads and writes are positional (`pread`, `pwrite`), hence safe for many threads on one file. Where the platform lacks
+those calls (`PORTABLE`), seek and read or write under a lock per file stand in for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import shutil
+import stat as stat_bits
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias, TypeVar, cast
+
+import numpy as np
+
+from smelt.errors import InputError, SmeltError, StorageError
+
+T = TypeVar("T")
+StrPath: TypeAlias = str | os.PathLike[str]
+Buffer: TypeAlias = bytes | bytearray | memoryview | np.ndarray[Any, Any]
+Stamp: TypeAlias = tuple[int, int, int]
+"""Size, modification time in nanoseconds, inode: if one differs, the file is not what it was."""
+
+PORTABLE = not (hasattr(os, "preadv") and hasattr(os, "pwrite"))
+"""True where positional calls are missing; the one switch between them and their portable stand-ins."""
+
+_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_COPY_CHUNK = 8 << 20
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+_NO_SPACE = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
+_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+
+
+# --- the one door ---------------------------------------------------------------------------------------------------
+
+
+def system(what: str, path: StrPath, call: Callable[..., T], *args: Any, needed: int = 0) -> T:
+    """Make one call to the operating system. Raises StorageError in place of any OSError.
+
+    `what` is the verb of the message ("read"), `needed` the bytes of space the call asks for, if any.
+    """
+    try:
+        return call(*args)
+    except OSError as error:
+        raise _refusal(what, path, error, needed) from error
+
+
+def _refusal(what: str, path: StrPath, error: OSError, needed: int) -> StorageError:
+    """The error for people that stands for `error`."""
+    reason = error.strerror or str(error)
+    fix = None
+    if error.errno in _NO_SPACE:
+        reason = f"no space left on the device ({size_text(needed)} needed)" if needed else "no space left"
+        fix = "free some space, or choose another disk"
+    elif error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        fix = "check the permissions, or choose another folder"
+    return StorageError(f"cannot {what}: {reason}", where=[os.fspath(path)], fix=fix)
+
+
+def code(error: SmeltError) -> int | None:
+    """The errno behind an error of this module, or None."""
+    return error.__cause__.errno if isinstance(error.__cause__, OSError) else None
+
+
+def flat(buffer: Buffer) -> memoryview:
+    """The bytes of any contiguous buffer, as one line of uint8; shared, not copied."""
+    view = memoryview(cast(Any, buffer))  # an array has the buffer protocol, though its stubs tell only from 3.12 on
+    return view.cast("B") if view.nbytes else memoryview(b"")
+
+
+def size_text(size: int) -> str:
+    """A number of bytes for people.
+
+    >>> size_text(999), size_text(5_368_709_120)
+    ('999 bytes', '5.37 GB')
+    """
+    value, unit = float(size), "bytes"
+    for larger in ("KB", "MB", "GB", "TB", "PB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{size} bytes" if unit == "bytes" else f"{value:.3g} {unit}"
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+class ReadFile:
+    """A regular file, open for positional reads from many threads. Close it when no read is under way."""
+
+    __slots__ = ("_descriptor", "_lock", "path", "size")
+
+    def __init__(self, descriptor: int, path: Path, size: int) -> None:
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self.path = path
+        self.size = size
+
+    def read_into(self, offset: int, buffer: Buffer) -> None:
+        """Fill the whole writable `buffer` from byte `offset`. Raises InputError if the file ends before that."""
+        _read_fully(self._descriptor, self.path, self._lock, offset, buffer)
+
+    def stamp(self) -> Stamp:
+        """What the open file is now: size, modification time, inode."""
+        return _stamp(system("look at", self.path, os.fstat, self._descriptor))
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            system("close", self.path, os.close, descriptor)
+
+    def __enter__(self) -> ReadFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _e: object, _t: TracebackType | None) -> None:
+        with contextlib.suppress(*(() if kind is None else (StorageError,))):  # the first error matters more
+            self.close()
+
+
+def open_read(path: StrPath) -> ReadFile:
+    """Open a regular file for reading; never blocks on a pipe or a device.
+
+    Raises InputError when there is no such file or it is not a regular one, StorageError when the system refuses.
+    """
+    path = Path(path)
+    found = _stat_input(path)  # before the open: opening alone can block on a pipe, or start a device
+    if not stat_bits.S_ISREG(found.st_mode):
+        raise InputError(f"not a regular file but {_kind(found.st_mode)}", where=[str(path)])
+    descriptor = _open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    try:
+        opened = system("look at", path, os.fstat, descriptor)
+        if (opened.st_ino, opened.st_dev) != (found.st_ino, found.st_dev):
+            raise InputError("the file was replaced while it was being opened", where=[str(path)])
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return ReadFile(descriptor, path, opened.st_size)
+
+
+def read_bytes(path: StrPath, *, limit: int) -> bytes:
+    """The whole content of a small file. Raises InputError when it has more than `limit` bytes."""
+    with open_read(path) as file:
+        if file.size > limit:
+            raise InputError(
+                f"the file is too large: {size_text(file.size)}, at most {size_text(limit)} are allowed",
+                where=[str(path)],
+            )
+        content = bytearray(file.size)
+        file.read_into(0, content)
+    return bytes(content)
+
+
+def stamp(path: StrPath) -> Stamp | None:
+    """What the file at `path` is now, or None when there is none."""
+    try:
+        return _stamp(system("look at", path, os.stat, path))
+    except StorageError as error:
+        if code(error) in _NOT_THERE:
+            return None
+        raise
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+class WriteFile:
+    """A new file of known size, open for positional writes and reads from many threads."""
+
+    __slots__ = ("_descriptor", "_lock", "path", "size")
+
+    def __init__(self, descriptor: int, path: Path, size: int) -> None:
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self.path = path
+        self.size = size
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        """Write all of `data` at byte `offset`. Raises ValueError outside the size given at creation."""
+        view = flat(data)
+        if offset < 0 or offset + len(view) > self.size:
+            raise ValueError(f"bytes {offset} to {offset + len(view)} are outside {self.path}")
+        while len(view):
+            args = (self._descriptor, view, offset, self._lock)
+            written = system("write", self.path, _write_some, *args, needed=len(view))
+            view, offset = view[written:], offset + written
+
+    def read_into(self, offset: int, buffer: Buffer) -> None:
+        """Read back what was written, filling the whole `buffer`."""
+        _read_fully(self._descriptor, self.path, self._lock, offset, buffer)
+
+    def sync(self) -> None:
+        """Return when the content is on the disk. After an error, what is on the disk is unknown: do not retry."""
+        system("sync", self.path, _sync, self._descriptor)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            system("close", self.path, os.close, descriptor)
+
+    def __enter__(self) -> WriteFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _e: object, _t: TracebackType | None) -> None:
+        with contextlib.suppress(*(() if kind is None else (StorageError,))):  # the first error matters more
+            self.close()
+
+
+def create(path: StrPath, size: int) -> WriteFile:
+    """Create a file that must not exist yet, with disk space reserved for `size` bytes; it reads as zeros."""
+    path = Path(path)
+    descriptor = _open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+    try:
+        if size:
+            system("reserve space for", path, _reserve, descriptor, size, needed=size)
+    except BaseException:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+    return WriteFile(descriptor, path, size)
+
+
+def write_bytes(path: StrPath, data: bytes) -> None:
+    """Create `path`, which must not exist, with `data`; durable on return."""
+    with create(path, len(data)) as file:
+        file.write_at(0, data)
+        file.sync()
+
+
+def copy_file(source: StrPath, target: StrPath) -> None:
+    """Copy the bytes of a regular file (following a link) to a new file; durable on return."""
+    with open_read(source) as old, create(target, old.size) as new:
+        chunk = memoryview(bytearray(min(_COPY_CHUNK, old.size)))
+        for offset in range(0, old.size, _COPY_CHUNK):
+            part = chunk[: min(_COPY_CHUNK, old.size - offset)]
+            old.read_into(offset, part)
+            new.write_at(offset, part)
+        new.sync()
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def kind(path: StrPath) -> str | None:
+    """What lies at `path`: "file", "folder", "link" (one that leads nowhere), "other", or None for nothing."""
+    try:
+        mode = system("look at", path, os.stat, path).st_mode
+    except StorageError as error:
+        if code(error) not in _NOT_THERE:
+            raise
+        return "link" if os.path.islink(path) else None
+    if stat_bits.S_ISDIR(mode):
+        return "folder"
+    return "file" if stat_bits.S_ISREG(mode) else "other"
+
+
+def is_link(path: StrPath) -> bool:
+    """Whether `path` itself is a symbolic link."""
+    return os.path.islink(path)
+
+
+def resolve(path: StrPath) -> Path:
+    """The real path, all links followed. Raises InputError when it leads nowhere or in a circle."""
+    try:
+        return Path(system("follow", path, _real, path))
+    except StorageError as error:
+        if code(error) in _NOT_THERE:
+            raise InputError("no such file, or a link that leads nowhere", where=[str(path)]) from error
+        raise
+
+
+def make_folder(path: StrPath) -> None:
+    """Create one folder, which must not exist yet."""
+    system("create folder", path, os.mkdir, path)
+
+
+def list_folder(path: StrPath) -> list[str]:
+    """The names in a folder, sorted."""
+    return sorted(system("list", path, os.listdir, path))
+
+
+def is_empty_folder(path: StrPath) -> bool:
+    """Whether `path` is a folder with nothing in it."""
+    return kind(path) == "folder" and not list_folder(path)
+
+
+def sync_folder(path: StrPath) -> None:
+    """Make the names in a folder durable (Windows has no such call and needs none)."""
+    if sys.platform != "win32":
+        system("sync folder", path, _sync_folder, path)
+
+
+def rename(source: StrPath, target: StrPath) -> None:
+    """Move a file or folder within one file system."""
+    system(f"rename to {os.path.basename(target)}", source, os.rename, source, target)
+
+
+def remove_folder(path: StrPath) -> None:
+    """Remove an empty folder; refuses one that is not empty."""
+    system("remove folder", path, os.rmdir, path)
+
+
+def remove_tree(path: StrPath) -> None:
+    """Remove a folder and all in it; links are removed, never followed. Nothing there is no error."""
+    system("remove", path, _remove_tree, path)
+
+
+def free_bytes(path: StrPath) -> int:
+    """Bytes that may still be written to the file system of `path`."""
+    return system("measure the free space at", path, shutil.disk_usage, path).free
+
+
+# --- the lock -------------------------------------------------------------------------------------------------------
+
+
+class Lock:
+    """An exclusive lock held by this process until `release`, or until the process ends, however it ends."""
+
+    __slots__ = ("_descriptor", "path")
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self._descriptor = descriptor
+        self.path = path
+
+    def release(self) -> None:
+        """Remove the lock file and let go; a second call does nothing."""
+        if self._descriptor < 0:
+            return
+        descriptor, self._descriptor = self._descriptor, -1
+        if sys.platform == "win32":  # an open file cannot be removed there
+            os.close(descriptor)
+        with contextlib.suppress(OSError):  # an empty file left behind does no harm
+            os.unlink(self.path)
+        if sys.platform != "win32":  # removed first, so that nobody locks a file that is about to vanish
+            os.close(descriptor)
+
+
+def lock_folder(path: StrPath) -> Lock:
+    """Lock a folder (which need not exist yet) through the file `PATH.lock` beside it; never waits.
+
+    Raises StorageError when another process, or another part of this one, holds the lock. A lock file left by a
+    process that died is no obstacle: the lock is the operating system's, not the file's existence.
+    """
+    path = Path(os.fspath(path) + ".lock")
+    for _ in range(100):
+        descriptor = _open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            system("lock", path, _lock, descriptor)
+            # Between open and lock its last holder may have removed the file; then this lock guards nothing.
+            if stamp(path) == _stamp(system("look at", path, os.fstat, descriptor)):
+                return Lock(descriptor, path)
+        except StorageError as error:
+            os.close(descriptor)
+            if code(error) in {errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}:
+                raise StorageError(
+                    "another smelt run is writing here",
+                    where=[str(path.parent)],
+                    fix="wait for it to end, or choose another output folder",
+                ) from error
+            raise
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    raise StorageError("cannot lock: others take and release the lock without pause", where=[str(path)])
+
+
+# --- the calls themselves: each makes one system call, or its portable stand-in ------------------------------------
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return system("open", path, os.open, path, flags | _FLAGS, 0o666)
+    except StorageError as error:
+        if code(error) != errno.EMFILE or not _allow_more_descriptors():
+            raise
+    return system("open", path, os.open, path, flags | _FLAGS, 0o666)
+
+
+def _allow_more_descriptors() -> bool:
+    """Raise the soft limit of open files to the hard one: three models of 300 shards need more than 1024."""
+    if sys.platform == "win32":
+        return False
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else hard
+    if wanted <= soft:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return True
+
+
+def _stat_input(path: Path) -> os.stat_result:
+    try:
+        return system("look at", path, os.stat, path)
+    except StorageError as error:
+        if code(error) in _NOT_THERE:
+            raise InputError("no such file, or a link that leads nowhere", where=[str(path)]) from error
+        raise
+
+
+def _kind(mode: int) -> str:
+    names = {
+        stat_bits.S_IFDIR: "a folder",
+        stat_bits.S_IFIFO: "a pipe",
+        stat_bits.S_IFSOCK: "a socket",
+        stat_bits.S_IFCHR: "a device",
+        stat_bits.S_IFBLK: "a device",
+    }
+    return names.get(stat_bits.S_IFMT(mode), "something else")
+
+
+def _stamp(found: os.stat_result) -> Stamp:
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _read_fully(descriptor: int, path: Path, lock: threading.Lock, offset: int, buffer: Buffer) -> None:
+    view = flat(buffer)
+    while len(view):
+        count = system("read", path, _read_some, descriptor, view, offset, lock)
+        if count == 0:
+            raise InputError(
+                "the file ends early: it was cut off",
+                where=[str(path), f"{len(view)} bytes are missing at byte {offset}"],
+                fix="fetch the file again",
+            )
+        view, offset = view[count:], offset + count
+
+
+def _read_some(descriptor: int, view: memoryview, offset: int, lock: threading.Lock) -> int:
+    if not PORTABLE:
+        return os.preadv(descriptor, [view], offset)
+    with lock:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return io.FileIO(descriptor, "rb", closefd=False).readinto(view) or 0
+
+
+def _write_some(descriptor: int, view: memoryview, offset: int, lock: threading.Lock) -> int:
+    if not PORTABLE:
+        return os.pwrite(descriptor, view, offset)
+    with lock:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.write(descriptor, view)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if not PORTABLE and hasattr(os, "posix_fallocate"):  # macOS has no such call
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+    os.ftruncate(descriptor, size)
+
+
+def _sync(descriptor: int) -> None:
+    if sys.platform == "darwin":  # there, fsync only reaches the drive's cache
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(descriptor)
+
+
+def _sync_folder(path: StrPath) -> None:
+    descriptor = os.open(path, os.O_RDONLY | _FLAGS)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _real(path: StrPath) -> str:
+    return os.path.realpath(path, strict=True)
+
+
+def _remove_tree(path: StrPath) -> None:
+    if not os.path.lexists(path):
+        return
+    if sys.version_info >= (3, 12):
+        shutil.rmtree(path, onexc=_unless_gone)
+    else:
+        shutil.rmtree(path, onerror=lambda call, below, failure: _unless_gone(call, below, failure[1]))
+
+
+def _unless_gone(_call: object, _path: str, error: BaseException) -> None:
+    if not isinstance(error, FileNotFoundError):  # somebody else removed it first: as wanted
+        raise error
+
+
+def _lock(descriptor: int) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,1 @@
+"""Where tensors come from, one kind a file: a local folder, the hub cache, memory."""
