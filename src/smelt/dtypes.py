@@ -103,7 +103,7 @@ def decode(raw: Bytes, dtype: DType, out: Float32) -> None:
     if dtype is BF16:
         np.left_shift(raw.view("<u2"), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
     else:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             np.copyto(out, raw.view(_NUMPY[dtype.code]), casting="same_kind")
 
 
@@ -124,7 +124,7 @@ def encode(values: Float32, dtype: DType, raw: Bytes) -> None:
         if nan.any():
             stored[nan] = ((bits[nan] >> np.uint32(16)) | np.uint32(0x40)).astype(np.uint16)
     else:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             np.copyto(raw.view(_NUMPY[dtype.code]), values, casting="same_kind")
 
 

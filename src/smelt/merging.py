@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from smelt.engine.forecast import Forecast, forecast
 from smelt.engine.run import RunResult, check_equal, run
@@ -17,18 +17,18 @@ from smelt.lineage.card import CARD, card
 from smelt.lineage.record import RECORD, file_digest, record
 from smelt.planning.build import build, check_recipe
 from smelt.planning.check import check
-from smelt.planning.companions import config_bytes, copied_files, merged_config
+from smelt.planning.companions import small_files
 from smelt.planning.entries import Plan
 from smelt.planning.locate import Model, open_models
 from smelt.recipe.canonical import canonical, to_yaml
 from smelt.recipe.parse import from_dict, load
-from smelt.recipe.schema import Recipe
+from smelt.recipe.schema import Recipe, Relaxation
 from smelt.storage import files
 from smelt.storage.writer import Build, OutputTensor, layout
 
 SHARD_BYTES = 5_000_000_000
 """Most bytes of tensors in one weight file, unless asked otherwise."""
-ALLOWED = ("extra_tensor", "missing_tensor", "nonfinite")
+ALLOWED = get_args(Relaxation)
 """What `allow` may relax."""
 
 Progress = Callable[[int, int], None]
@@ -118,7 +118,8 @@ def merge(
 ) -> MergeReport:
     """Merge models as a recipe says, into the folder `out`, which appears whole or not at all.
 
-    `allow` relaxes checks by name (`extra_tensor`, `missing_tensor`, `nonfinite`); `seed` drives the random methods;
+    `allow` relaxes checks by name (`extra_tensor`, `missing_tensor`, `nonfinite`, `vocabulary`); `seed` drives the
+    random methods;
     `workers` (threads) and `tile` (elements) change the speed, never the result; `hash_inputs` records the sha256 of
     every input file. `progress` is called with (bytes done, bytes in all), `on_plan` once before anything is written.
 
@@ -212,18 +213,11 @@ def _write_papers(
     """Config, tokenizer, licence, card, recipe and record, into the build folder."""
     plan, models = prepared.plan, prepared.models
     donor = models[plan.donor]
-    papers: dict[str, bytes] = {}
-    config = merged_config(plan, models)
-    if config is not None:
-        papers["config.json"] = config_bytes(config)
-    for file in copied_files(donor):
-        content = donor.source.bytes(file)
-        if content is not None:
-            papers[file] = content
+    papers = small_files(plan, models)
     public = canonical(prepared.recipe, rename=published_names(prepared))
     donor_card = donor.source.text("README.md") if "README.md" in donor.source.other_files() else None
     papers["mergekit_config.yml"] = to_yaml(public).encode()
-    papers[CARD] = card(plan, name=name, recipe=public, donor_card=donor_card, has_config=config is not None)
+    papers[CARD] = card(plan, name=name, recipe=public, donor_card=donor_card, has_config="config.json" in papers)
     for file, content in papers.items():
         folder.put(file, content)
     folder.put(

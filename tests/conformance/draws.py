@@ -122,10 +122,7 @@ def tensors(
         base = np.asarray(np.round(base * 1024) / 1024, dtype=np.float32)
     models = []
     for i in range(n):
-        if steps:
-            move = rng.integers(-3, 4, size=shape) / 1024
-        else:
-            move = rng.normal(scale=0.01 * (1 + i), size=shape)
+        move = rng.integers(-3, 4, size=shape) / 1024 if steps else rng.normal(scale=0.01 * (1 + i), size=shape)
         move = np.where(rng.random(size=shape) < 0.1, 0.0, move)
         models.append(np.asarray(base + move, dtype=np.float32).astype(types[i % len(types)]))
     return models, base.astype(types[n % len(types)])

@@ -24,10 +24,25 @@ SMALL = [(), (1,), (0,), (7,), (0, 3), (3, 0), (257, 1), (64, 33), (3, 5, 7)]
 LARGE = [(70001,), (300, 1000)]
 
 SHARE = 2.0**-40
-"""Part of the inputs' magnitude by which float64 arithmetic in another order may differ (about 4000 of its roundings)."""
+"""Part of the largest input by which float64 sums in another order may differ (about 4000 of its roundings)."""
 
-NAN_IS_DROPPED: dict[str, str] = {}
-"""Methods that give a number where an input has a NaN, each with the reason."""
+_ELECTION = "a NaN agrees with neither sign, so an election drops it"
+_RESCALED = "an infinite L1 norm makes every entry of the task vector NaN, and an election drops them all"
+_THRESHOLD = "a NaN is not above a threshold, so the entry (arcee_fusion: the row) counts as not moved"
+LOST: dict[tuple[str, float], str] = {
+    ("ties", np.nan): _ELECTION,
+    ("dare_ties", np.nan): _ELECTION,
+    ("dare_ties", np.inf): _RESCALED,
+    ("breadcrumbs_ties", np.nan): _ELECTION,
+    ("della", np.nan): _ELECTION,
+    ("della", np.inf): _RESCALED,
+    ("sce", np.nan): _ELECTION,
+    ("ram", np.nan): _THRESHOLD,
+    ("ramplus_tl", np.nan): _THRESHOLD,
+    ("arcee_fusion", np.nan): _THRESHOLD,
+    ("arcee_fusion", np.inf): _THRESHOLD,
+}
+"""(method, bad number in a model) that is replaced by the base's number and not reported: defects, with the cause."""
 
 
 def twin(
@@ -269,16 +284,9 @@ def test_huge_numbers_are_right_or_refused(method: str) -> None:
             assert np.isfinite(found.values).all()
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
-@pytest.mark.parametrize("place", ["model", "base"])
-@pytest.mark.parametrize("method", NAMES)
-def test_a_bad_number_is_reported(method: str, place: str, bad: float) -> None:
-    """It stays where it is and is counted, or the merge is refused with the tensor's name. It is never lost."""
+def lost(method: str, place: str, bad: float) -> str | None:
+    """What is wrong with the way a bad number is dealt with; None where it is reported."""
     info = api.get(method)
-    if place == "base" and info.base == "none":
-        pytest.skip("no base is read")
-    if method in NAN_IS_DROPPED:
-        pytest.xfail(NAN_IS_DROPPED[method])
     rng = np.random.default_rng(14)
     for n, with_base in kinds(info):
         if place == "base" and not with_base:
@@ -286,15 +294,29 @@ def test_a_bad_number_is_reported(method: str, place: str, bad: float) -> None:
         models, base = tensors((23, 19), rng, n, [F32])
         target = models[0] if place == "model" else base
         target[3, 4] = bad
-        found = ended(
-            lambda m=models, b=base if with_base else None, v=plain(info, n): merge(method, m, b, values=v)
-        )
+        given, values = base if with_base else None, plain(info, n)
+        found = ended(lambda m=models, b=given, v=values: merge(method, m, b, values=v))
         if isinstance(found, NumericError):
             assert "'w'" in found.message
-        else:
-            assert isinstance(found, Outcome), found
-            assert found.result.inherited >= 1
-            assert not np.isfinite(found.values[3, 4])
+        elif not isinstance(found, Outcome):
+            return f"{found!r} with {n} models"
+        elif found.result.inherited < 1 or np.isfinite(found.values[3, 4]):
+            return f"it became {found.values[3, 4]} with {n} models"
+    return None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("place", ["model", "base"])
+@pytest.mark.parametrize("method", NAMES)
+def test_a_bad_number_is_reported(method: str, place: str, bad: float) -> None:
+    """It stays where it is and is counted, or the merge is refused with the tensor's name. It is never lost."""
+    if place == "base" and api.get(method).base == "none":
+        pytest.skip("no base is read")
+    found = lost(method, place, bad)
+    if place == "model" and (method, bad) in LOST:
+        assert found, f"{method} reports it now: take it out of LOST"
+        pytest.xfail(LOST[method, bad])
+    assert found is None, found
 
 
 @pytest.mark.parametrize("method", NAMES)

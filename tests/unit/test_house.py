@@ -24,7 +24,9 @@ ORDER = [
 ]
 """A room imports itself and rooms further up; rooms of one line do not import each other (errors, dtypes, specs do)."""
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-MODULES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem not in {"__init__", "__main__"})
+MODULES = sorted(
+    path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem not in {"__init__", "__main__"}
+)
 
 
 def room(path: Path) -> str:

@@ -6,13 +6,14 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from smelt.cli.show import count_text, parse_size, progress, size_text
 from smelt.merging import MergeReport, Prepared
 from smelt.merging import merge as run_merge
+from smelt.recipe.schema import Relaxation
 
 
 def merge(
@@ -24,7 +25,7 @@ def merge(
     shard_size: Annotated[str, Parameter(name=["--shard-size", "--out-shard-size"])] = "5GB",
     threads: int | None = None,
     seed: Annotated[int, Parameter(name=["--seed", "--random-seed"])] = 0,
-    allow: Annotated[list[Literal["extra_tensor", "missing_tensor", "nonfinite"]], Parameter(negative="")] = [],  # noqa: B006
+    allow: Annotated[list[Relaxation], Parameter(negative="")] = [],  # noqa: B006
     strict: Annotated[bool, Parameter(negative="")] = False,
     hash_inputs: Annotated[bool, Parameter(negative="")] = False,
     quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative="")] = False,
@@ -48,7 +49,7 @@ def merge(
     seed
         Seed of the random methods.
     allow
-        Relax a check: extra_tensor, missing_tensor or nonfinite. May be given several times.
+        Relax a check: extra_tensor, missing_tensor, nonfinite or vocabulary. May be given several times.
     strict
         Make warnings errors.
     hash_inputs
@@ -89,8 +90,9 @@ def _say_plan(prepared: Prepared, out: Path, *, verbose: bool) -> None:
     names = ", ".join(model.published for model in plan.models)
     print(f"{plan.method} of {names} -> {out}", file=sys.stderr)
     print(
-        f"{len(plan.entries)} tensors, {count_text(plan.parameters)} parameters; "
-        f"reads {size_text(forecast.bytes_read)}, writes {size_text(forecast.bytes_written)}, at most about {size_text(forecast.memory)} of memory",
+        f"{len(plan.entries)} tensors, {count_text(plan.parameters)} parameters; reads "
+        f"{size_text(forecast.bytes_read)}, writes {size_text(forecast.bytes_written)}, "
+        f"at most about {size_text(forecast.memory)} of memory",
         file=sys.stderr,
     )
     if verbose:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -12,6 +12,7 @@ from smelt.cli.show import count_text, size_text, table
 from smelt.merging import Prepared, prepare
 from smelt.planning.entries import PlannedModel
 from smelt.planning.explain import groups, plan_json, recipe_of
+from smelt.recipe.schema import Relaxation
 
 
 def plan(
@@ -20,7 +21,7 @@ def plan(
     *,
     threads: int | None = None,
     seed: Annotated[int, Parameter(name=["--seed", "--random-seed"])] = 0,
-    allow: Annotated[list[Literal["extra_tensor", "missing_tensor", "nonfinite"]], Parameter(negative="")] = [],  # noqa: B006
+    allow: Annotated[list[Relaxation], Parameter(negative="")] = [],  # noqa: B006
     strict: Annotated[bool, Parameter(negative="")] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
@@ -37,7 +38,7 @@ def plan(
     seed
         Seed of the random methods.
     allow
-        Relax a check: extra_tensor or missing_tensor. May be given several times.
+        Relax a check: extra_tensor, missing_tensor or vocabulary. May be given several times.
     strict
         Make warnings errors.
     as_json
@@ -78,7 +79,7 @@ def _text(prepared: Prepared) -> str:
             ]
         )
     lines += ["tensors", table(rows)]
-    layers = f", {plan.layers} layers" if plan.layers is not None else ""
+    layers = "".join(f", {len(layers)} layers in {stack}" for stack, layers in plan.restacked.items())
     lines.append(f"{len(plan.entries)} tensors, {count_text(plan.parameters)} parameters{layers}")
     lines.append(
         f"reads {size_text(forecast.bytes_read)}, writes {size_text(forecast.bytes_written)}, "

@@ -97,6 +97,7 @@ class TensorRun:
         self._method: Any = None
         if entry.action is Action.MERGE:
             self._method = bind(entry)
+            self._results = dict.fromkeys(reduction.name for reduction in self._method.info.reductions)
         grain = self._method.grain if self._method else api.Grain.ELEMENT
         self.geometry = Geometry.of(entry.shape, grain, tile=settings.tile)
         self._reductions = schedule(self._method.active()) if self._method else []
@@ -171,11 +172,10 @@ class TensorRun:
             self._derive()
 
     def _derive(self) -> None:
-        for reduction in self._method.info.reductions:
-            self._results.setdefault(reduction.name, None)
-        for derived in self._method.info.derived:
-            arguments = [self._results[name] for name in derived.arguments]
-            self._results[derived.name] = derived.function(self._method, *arguments)
+        with np.errstate(all="ignore"):
+            for derived in self._method.info.derived:
+                arguments = [self._results[name] for name in derived.arguments]
+                self._results[derived.name] = derived.function(self._method, *arguments)
 
     def _raw(self, number: int, start: int, stop: int, scratch: Scratch) -> tuple[list[Any], int]:
         """The stored bytes of elements [start, stop) of every source, and how many bytes were read for it."""

@@ -96,7 +96,7 @@ def _read_record(checkpoint: TensorSource, folder: Path) -> dict[str, Any]:
 def _check_files(checkpoint: TensorSource, tree: dict[str, Any], folder: Path) -> list[SmeltError]:
     problems: list[SmeltError] = []
     weights = {info.name: info for info in checkpoint.files}
-    present = {name for name in files.list_folder(folder)} - {RECORD}
+    present = set(files.list_folder(folder)) - {RECORD}
     for name in sorted(set(tree["files"]) - present):
         problems.append(InputError(f"file {name} is missing", where=[str(folder)], fix="merge again"))
     for name in sorted(present - set(tree["files"])):

@@ -17,6 +17,9 @@ from array_api_compat import array_namespace
 
 Array = Any
 
+_BUCKETS = 1 << 16
+_SIGN = np.uint64(1 << 63)
+
 
 class Reducer(Protocol):
     """One reduction of one tensor: `rounds` passes of partial → fold, each ended by `close`; then `finish`."""
@@ -110,88 +113,170 @@ class Gram:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Where the k-th largest magnitude lies: keep what is above `value`, and of what equals it the `share`.
+    """Where the K-th largest lies: keep what is above `value`, and of what equals it the `share`.
 
-    `value` float32 [n, 1], `share` float32 [n, 1] = (K − G)/E, where K entries are to be kept, G lie strictly above
-    the value and E equal it. K = 0 gives value = inf, share = 0.
+    All [n, k], for k counts asked of each of n rows: `value` in the type of the numbers, `share` float32 = (K − G)/E
+    (rounded by `to_grid`), and int64 `count` = K, `above` = G entries strictly larger than the value, `equal` = E
+    entries equal to it. K = 0 gives value = inf, share = 0, G = E = 0.
     """
 
     value: Array
     share: Array
+    count: Array
+    above: Array
+    equal: Array
 
 
-class KthLargest:
-    """The k-th largest of float32 magnitudes, exactly, without sorting.
+def to_grid(share: Any) -> Any:
+    """The share rounded up to a multiple of 2⁻²⁴, exact in float32.
 
-    Non-negative floats are ordered as their bit patterns are, so two histograms find it: one of the upper 16 bits,
-    then one of the lower 16 bits of the entries in the bucket that holds it. Counts are integers: no order matters.
-    Input: (magnitudes [n, t], counts [n]); result: `Cut`.
+    Random numbers are multiples of 2⁻²⁴, so that `uniform < share` decides as it would with the share in float64.
+    """
+    return (np.ceil(np.asarray(share, dtype=np.float64) * 2.0**24) * 2.0**-24).astype(np.float32)
+
+
+def band_shares(cut: Cut) -> Array:
+    """Of the entries equal to each of two cuts, the share with a rank between them, float32 [n, 2].
+
+    Column 0 is the cut of the T largest, column 1 that of the T + K largest. T = 0 cuts nothing off: share 1.
+    """
+    first, last = cut.count[:, :1], cut.count[:, 1:]
+    inside = np.minimum(cut.above + cut.equal, last) - np.maximum(cut.above, first)
+    shares = to_grid(inside / np.maximum(cut.equal, 1))
+    shares[:, :1] = np.where(first == 0, np.float32(1.0), shares[:, :1])
+    return shares
+
+
+class _RadixSelect:
+    """The K-th largest number of each row, exactly, without sorting: a histogram of 16 bits of the keys in each round.
+
+    Keys are unsigned integers in the order of the numbers. A round narrows each cut to the bucket that holds it; the
+    next one looks only at that bucket's entries. Counts are integers: no order matters. Input: (numbers [n, ...],
+    counts [n] or [n, k]); result: `Cut`.
     """
 
-    rounds: ClassVar[int] = 2
+    rounds: ClassVar[int]
     ordered: ClassVar[bool] = False
 
     def __init__(self, *, scope: str, size: int) -> None:
         self._size = size
+        self._round = 0
         self._counts: Any = None
-        self._upper: Any = None
+        self._prefix: Any = None
         self._above: Any = None
-        self._cut: Cut | None = None
+        self._equal: Any = None
+
+    @staticmethod
+    def _keys(numbers: Any) -> Any:
+        raise NotImplementedError
+
+    @staticmethod
+    def _numbers(keys: Any) -> Any:
+        raise NotImplementedError
 
     def partial(self, values: tuple[Array, Array]) -> Any:
-        magnitudes, counts = values
-        bits = np.asarray(magnitudes).view(np.uint32)
-        if self._upper is None:
-            histogram = [np.bincount(row >> np.uint32(16), minlength=1 << 16) for row in bits]
+        numbers, counts = (np.asarray(part) for part in values)
+        keys = self._keys(np.ascontiguousarray(numbers)).reshape(len(numbers), -1)
+        digit = keys.dtype.type(16 * (self.rounds - 1 - self._round))
+        if self._round == 0:
+            histogram = [[np.bincount((row >> digit).astype(np.intp), minlength=_BUCKETS)] for row in keys]
         else:
-            histogram = [
-                np.bincount(row[(row >> np.uint32(16)) == upper] & np.uint32(0xFFFF), minlength=1 << 16)
-                for row, upper in zip(bits, self._upper, strict=True)
-            ]
-        return np.asarray(counts).reshape(-1), np.stack(histogram)
+            histogram = [self._narrow(row, digit, prefixes) for row, prefixes in zip(keys, self._prefix, strict=True)]
+        return counts.reshape(len(keys), -1), np.asarray(histogram)
+
+    @staticmethod
+    def _narrow(row: Any, digit: Any, prefixes: Any) -> list[Any]:
+        """One histogram per prefix, of the next 16 bits of the keys that begin with it."""
+        upper = row >> (digit + row.dtype.type(16))
+        found: dict[int, Any] = {}
+        for prefix in prefixes.tolist():
+            if prefix not in found:
+                inside = row[upper == row.dtype.type(prefix)]
+                lower = (inside >> digit) & row.dtype.type(_BUCKETS - 1)
+                found[prefix] = np.bincount(lower.astype(np.intp), minlength=_BUCKETS)
+        return [found[prefix] for prefix in prefixes.tolist()]
 
     def fold(self, total: Any, partial: Any) -> Any:
-        return partial if total is None else (total[0], total[1] + partial[1])
+        if total is not None:
+            partial[1][...] += total[1]
+        return partial
 
     def close(self, total: Any) -> None:
         counts, histogram = total
-        if self._upper is None:
-            self._counts = np.minimum(counts, self._size)
-            self._upper, self._above = _locate(histogram, self._counts)
-            return
-        lower, above = _locate(histogram, self._counts - self._above)
-        rows = np.arange(len(lower))
-        equal = histogram[rows, lower]
-        bits = (self._upper.astype(np.uint32) << np.uint32(16)) | lower.astype(np.uint32)
-        wanted = self._counts - self._above - above
-        none = self._counts <= 0
-        value = np.where(none, np.float32(np.inf), bits.view(np.float32))
-        share = np.where(none, 0.0, wanted / np.maximum(equal, 1))
-        self._cut = Cut(value.astype(np.float32)[:, None], share.astype(np.float32)[:, None])
+        if self._round == 0:
+            self._counts = np.clip(counts, 0, self._size)
+            self._above = np.zeros_like(self._counts)
+            self._prefix = np.zeros(self._counts.shape, dtype=np.uint64)
+            histogram = np.broadcast_to(histogram, (*self._counts.shape, _BUCKETS))
+        bucket, above, self._equal = _locate(histogram, self._counts - self._above)
+        self._above = self._above + above
+        self._prefix = (self._prefix << np.uint64(16)) | bucket.astype(np.uint64)
+        self._round += 1
 
     def finish(self) -> Cut:
-        assert self._cut is not None
-        return self._cut
+        return _cut(self._numbers(self._prefix), self._counts, self._above, self._equal)
+
+    @classmethod
+    def whole(cls, values: tuple[Array, Array]) -> Cut:
+        """The definition, by sorting: numbers [n, N], counts [n] or [n, k]."""
+        numbers, counts = (np.asarray(part) for part in values)
+        counts = np.clip(counts.reshape(len(numbers), -1), 0, numbers.shape[1])
+        value = np.full(counts.shape, np.inf, dtype=numbers.dtype)
+        above, equal = np.zeros_like(counts), np.zeros_like(counts)
+        for (row, place), count in np.ndenumerate(counts):
+            if count > 0:
+                value[row, place] = np.sort(numbers[row])[::-1][int(count) - 1]
+                above[row, place] = np.sum(numbers[row] > value[row, place])
+                equal[row, place] = np.sum(numbers[row] == value[row, place])
+        return _cut(value, counts, above, equal)
+
+
+class KthLargest(_RadixSelect):
+    """The K-th largest of float32 magnitudes: non-negative floats are ordered as their bit patterns are."""
+
+    rounds: ClassVar[int] = 2
 
     @staticmethod
-    def whole(values: tuple[Array, Array]) -> Cut:
-        """The definition, by sorting: magnitudes [n, N], counts [n]."""
-        magnitudes, counts = (np.asarray(part) for part in values)
-        value = np.full((len(magnitudes), 1), np.inf, dtype=np.float32)
-        share = np.zeros((len(magnitudes), 1), dtype=np.float32)
-        for row, count in enumerate(np.minimum(counts.reshape(-1), magnitudes.shape[1])):
-            if count > 0:
-                value[row] = np.sort(magnitudes[row])[::-1][int(count) - 1]
-                above = np.sum(magnitudes[row] > value[row])
-                share[row] = (count - above) / np.sum(magnitudes[row] == value[row])
-        return Cut(value, share)
+    def _keys(numbers: Any) -> Any:
+        return numbers.view(np.uint32)
+
+    @staticmethod
+    def _numbers(keys: Any) -> Any:
+        return keys.astype(np.uint32).view(np.float32)
 
 
-def _locate(histogram: Any, counts: Any) -> tuple[Any, Any]:
-    """Per row: the bucket in which the count-th largest lies, and how many entries lie in higher buckets."""
-    from_top = np.cumsum(histogram[:, ::-1], axis=1)
-    place = np.array([np.searchsorted(row, max(int(count), 1)) for row, count in zip(from_top, counts, strict=True)])
-    place = np.minimum(place, histogram.shape[1] - 1)
+class KthLargest64(_RadixSelect):
+    """The K-th largest of float64 numbers of any sign; −0 equals 0, NaN is larger than all."""
+
+    rounds: ClassVar[int] = 4
+
+    @staticmethod
+    def _keys(numbers: Any) -> Any:
+        plain = np.where(np.isnan(numbers), np.nan, numbers + 0.0)
+        bits = plain.view(np.uint64)
+        return np.where(plain < 0.0, ~bits, bits | _SIGN)
+
+    @staticmethod
+    def _numbers(keys: Any) -> Any:
+        return np.where(keys & _SIGN, keys ^ _SIGN, ~keys).view(np.float64)
+
+
+def _cut(value: Any, count: Any, above: Any, equal: Any) -> Cut:
+    none = count <= 0
+    value = np.where(none, value.dtype.type(np.inf), value)
+    above, equal = np.where(none, 0, above), np.where(none, 0, equal)
+    return Cut(value, to_grid((count - above) / np.maximum(equal, 1)), count, above, equal)
+
+
+def _locate(histogram: Any, counts: Any) -> tuple[Any, Any, Any]:
+    """Per histogram [n, k, buckets]: the bucket of its count-th largest, how many are in higher ones, and in it."""
+    flat = histogram.reshape(-1, histogram.shape[-1])
+    from_top = np.cumsum(flat[:, ::-1], axis=1)
+    wanted = np.maximum(counts.reshape(-1), 1)
+    place = np.array([np.searchsorted(row, count) for row, count in zip(from_top, wanted, strict=True)])
+    place = np.minimum(place, flat.shape[1] - 1)
+    bucket = flat.shape[1] - 1 - place
     rows = np.arange(len(place))
-    above = from_top[rows, place] - histogram[rows, histogram.shape[1] - 1 - place]
-    return histogram.shape[1] - 1 - place, above
+    equal = flat[rows, bucket]
+    above = from_top[rows, place] - equal
+    return bucket.reshape(counts.shape), above.reshape(counts.shape), equal.reshape(counts.shape)

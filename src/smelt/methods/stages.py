@@ -1,4 +1,4 @@
-"""Shared steps of which methods are composed: trim, drop, elect, rescale, interpolate.
+"""Shared steps of which methods are composed: trim, band, drop, elect, rescale.
 
 All work on tiles: `vectors` and `deltas` float32 [n, ...], `base` float32 [...]. Sums over models are taken in the
 order of the models, in float64, and rounded to float32 once; so a result depends neither on the shape of the tile nor
@@ -11,7 +11,7 @@ from array_api_compat import array_namespace
 
 from smelt.methods.api import Array
 from smelt.methods.fields import per_model, scalar
-from smelt.methods.reducers import Cut
+from smelt.methods.reducers import Cut, band_shares
 
 TINY = 1e-8
 """Divisors smaller than this count as 1."""
@@ -46,10 +46,27 @@ def counts_to_keep(density: Array, size: int) -> Array:
     """K_i = max(1, floor(density_i · N)) entries; all where density ≥ 1, none where it is ≤ 0. int64 [n]."""
     xp = array_namespace(density)
     share = xp.reshape(density, (-1,))
-    count = xp.astype(xp.floor(share * float(size)), xp.int64)
-    count = xp.where(count < 1, xp.ones_like(count), count)
-    count = xp.where(share >= 1.0, xp.full_like(count, size), count)
-    return xp.where(share <= 0.0, xp.zeros_like(count), count)
+    count = _floor_share(share, size)
+    return xp.where((share > 0.0) & (count < 1), xp.ones_like(count), count)
+
+
+def band_counts(density: Array, gamma: Array, size: int) -> Array:
+    """How many entries lie above each end of the band that is kept: T_i, T_i + K_i. int64 [n, 2].
+
+    K_i = floor(density_i · N) (all where density ≥ 1, none where it is ≤ 0), T_i = min(floor(gamma_i · N), N − K_i).
+    """
+    xp = array_namespace(density)
+    count = _floor_share(xp.reshape(density, (-1,)), size)
+    top = _floor_share(xp.reshape(gamma, (-1,)), size)
+    top = xp.where(top > size - count, size - count, top)
+    return xp.stack([top, top + count], axis=1)
+
+
+def _floor_share(share: Array, size: int) -> Array:
+    """floor(share · N) as int64, between 0 and N."""
+    xp = array_namespace(share)
+    inside = xp.where(share >= 1.0, xp.ones_like(share), xp.where(share <= 0.0, xp.zeros_like(share), share))
+    return xp.astype(xp.floor(inside * float(size)), xp.int64)
 
 
 def trim(deltas: Array, cut: Cut | None, uniform: Array) -> Array:
@@ -60,8 +77,28 @@ def trim(deltas: Array, cut: Cut | None, uniform: Array) -> Array:
     if cut is None:
         return deltas
     xp = array_namespace(deltas)
+    return xp.where(above_cut(xp.abs(deltas), cut, uniform), deltas, xp.zeros_like(deltas))
+
+
+def above_cut(numbers: Array, cut: Cut, uniform: Array) -> Array:
+    """Which numbers are above the cut, or equal it and are among the share of these that fills the count."""
+    return (numbers > cut.value) | ((numbers == cut.value) & (uniform < cut.share))
+
+
+def band(deltas: Array, cut: Cut | None, uniform: Array) -> Array:
+    """Keep the entries whose rank by magnitude lies between the two cuts [n, 2] that `band_counts` asked for.
+
+    Of E entries that equal a cut, of which O belong inside the band, each is kept with probability O/E; so too where
+    both cuts fall on one magnitude.
+    """
+    if cut is None:
+        return deltas
+    xp = array_namespace(deltas)
+    shares = band_shares(cut)
+    high, low = cut.value[:, :1], cut.value[:, 1:]
     magnitude = xp.abs(deltas)
-    keep = (magnitude > cut.value) | ((magnitude == cut.value) & (uniform < cut.share))
+    between = (magnitude < high) | ((magnitude == high) & (uniform < shares[:, :1]))
+    keep = xp.where(magnitude == low, uniform < shares[:, 1:], (magnitude > low) & between)
     return xp.where(keep, deltas, xp.zeros_like(deltas))
 
 
@@ -80,9 +117,9 @@ def l1_factors(whole: Array, kept: Array) -> Array:
 
 
 def rescale_factors(rescale: bool | str, density: Array, whole: Array, kept: Array) -> Array | None:
-    """What each task vector is multiplied by, [n, 1]: None (false), the L1 match (true), 1 / density ("density")."""
+    """What each task vector is multiplied by, [n, 1, ...]: None (false), L1 match (true), 1 / density ("density")."""
     if rescale is True:
-        return l1_factors(whole, kept)[:, None]
+        return array_namespace(whole).reshape(l1_factors(whole, kept), density.shape)
     if rescale == "density":
         xp = array_namespace(density)
         usable = (density > 0.0) & (density < 1.0)

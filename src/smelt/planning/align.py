@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from smelt.errors import InputError, RecipeError, SmeltError
 from smelt.planning.anatomy import Part, Role
 from smelt.planning.locate import Model
+from smelt.planning.parts import find_part, near_part, part_of
 from smelt.recipe.schema import Recipe, Scope
 from smelt.specs import TensorSpec
 
@@ -36,6 +37,10 @@ class Section:
     contributors: tuple[Contributor, ...]
     scopes: tuple[Scope, ...]
     """Its levels of settings outside the models, nearest first."""
+    is_slice: bool = False
+    module: str | None = None
+    copied: bool = False
+    """Taken from its one contributor as it is, whatever the method."""
 
     @property
     def length(self) -> int:
@@ -57,28 +62,88 @@ class Slot:
 
 @dataclass(slots=True)
 class Alignment:
-    """All slots in output order, and the input tensors that go nowhere, with the reason."""
+    """All slots in output order, and the input tensors that go nowhere, with the reason.
+
+    `restacked` gives, for each stack that slices make anew, the source layer of every output layer.
+    """
 
     slots: list[Slot] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
     problems: list[SmeltError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    layers: int | None = None
-    source_layers: tuple[int, ...] | None = None
+    restacked: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def align(recipe: Recipe, models: Sequence[Model], sections: Sequence[Section], *, donor: int) -> Alignment:
     """Match the tensors of the models; what does not match is told in `problems`, all of it."""
     result = Alignment()
     giver = models[donor]
-    if recipe.slices is None:
-        for name, part in _names(giver, models, result):
-            length = giver.anatomy.stacks.get(part.stack or "", 1)
-            result.slots.append(_slot(name, part, sections[0], models, _position(part.layer, length)))
+    names = list(_names(giver, models, result))
+    if recipe.modules is None:
+        _align_group(giver, models, names, sections, giver.anatomy.main, result)
     else:
-        _align_slices(giver, models, sections, result)
+        _align_modules(recipe, giver, models, names, sections, result, donor)
     _extra(models, donor, result)
     return result
+
+
+Names = Sequence[tuple[str, Part]]
+
+
+def _align_group(
+    giver: Model,
+    models: Sequence[Model],
+    names: Names,
+    sections: Sequence[Section],
+    stack: str | None,
+    result: Alignment,
+) -> None:
+    """The slots of `names`, made of `sections`; slices make the layers of `stack` anew."""
+    if sections[0].is_slice:
+        _align_slices(giver, models, names, sections, stack, result)
+        return
+    for name, part in names:
+        length = giver.anatomy.stacks.get(part.stack or "", 1)
+        result.slots.append(_slot(name, part, sections[0], models, _position(part.layer, length)))
+
+
+def _align_modules(
+    recipe: Recipe,
+    giver: Model,
+    models: Sequence[Model],
+    names: Names,
+    sections: Sequence[Section],
+    result: Alignment,
+    donor: int,
+) -> None:
+    """One group for each module of the recipe; parts that it does not name come from the donor as they are."""
+    of = part_of(giver.anatomy)
+    home = of.get(next((name for name, part in names if part.stack == giver.anatomy.main), ""))
+    parts = {name: of.get(name, home or "model") for name, _ in names}
+    named: dict[str, str] = {}
+    for module in recipe.modules or {}:
+        chosen = find_part(module, parts.values(), main=home)
+        if chosen is None or chosen in named:
+            problem = "is named twice" if chosen is not None else f"is no part of {giver.name}"
+            fix = near_part(module, parts.values())
+            result.problems.append(
+                RecipeError(f"module `{module}` {problem}", where=recipe.where("modules", module), fix=fix)
+            )
+            continue
+        named[chosen] = module
+        own = [(name, found) for name, found in names if parts[name] == chosen]
+        stacks = [found.stack for _, found in own if found.stack is not None]
+        stack = giver.anatomy.main if giver.anatomy.main in stacks else (stacks[0] if len(set(stacks)) == 1 else None)
+        group = [section for section in sections if section.module == module]
+        _align_group(giver, models, own, group, stack, result)
+    rest = sorted(set(parts.values()) - set(named))
+    scope = Scope("recipe", ("parameters",), {})
+    copied = Section("rest", (Contributor(donor, giver.name, (0, 0), scope, False),), (scope,), copied=True)
+    for name, part in names:
+        if parts[name] in rest:
+            result.slots.append(_slot(name, part, copied, models, 0.0))
+    if rest:
+        result.notes.append(f"parts that `modules` does not name are copied from {giver.name}: {', '.join(rest)}")
 
 
 def _position(layer: int | None, length: int) -> float:
@@ -110,7 +175,7 @@ def _slot(name: str, part: Part, section: Section, models: Sequence[Model], t: f
         model = models[contributor.model]
         wanted = name
         if offset >= 0 and part.stack is not None:
-            wanted = f"{model.anatomy.main}.{contributor.layers[0] + offset}.{part.suffix}"
+            wanted = f"{part.stack}.{contributor.layers[0] + offset}.{part.suffix}"
         tensors.append(_stored(model, wanted, part))
     return Slot(name, part, section, t, tuple(tensors))
 
@@ -118,43 +183,50 @@ def _slot(name: str, part: Part, section: Section, models: Sequence[Model], t: f
 def _stored(model: Model, name: str, part: Part) -> TensorSpec | None:
     found = model.source.tensors.get(name)
     if found is None and part.role is Role.HEAD and model.anatomy.tied and model.anatomy.embedding is not None:
-        shape = model.source.tensors[model.anatomy.embedding]
-        return shape if len(shape.shape) == 2 and name.endswith("weight") else None
+        shared = model.source.tensors[model.anatomy.embedding]
+        return shared if len(shared.shape) == 2 and name.endswith("weight") else None
     return found
 
 
-def _align_slices(giver: Model, models: Sequence[Model], sections: Sequence[Section], result: Alignment) -> None:
-    stack = giver.anatomy.main
+def _align_slices(
+    giver: Model,
+    models: Sequence[Model],
+    names: Names,
+    sections: Sequence[Section],
+    stack: str | None,
+    result: Alignment,
+) -> None:
     if stack is None:
         result.problems.append(_no_main_stack(giver))
         return
     first, last = sections[0], sections[-1]
-    names = list(_names(giver, models, result))
     after = (Role.AFTER, Role.HEAD)
     for name, part in names:
         if part.stack != stack and part.role not in after:
             length = giver.anatomy.stacks.get(part.stack or "", 1)
             result.slots.append(_slot(name, part, first, models, _position(part.layer, length)))
-    layers = {index: _layers_of(model) for index, model in enumerate(models)}
+    layers = {index: _layers_of(model, stack) for index, model in enumerate(models)}
     layer = 0
     source_layers = []
     for section in sections:
         for offset in range(section.length):
             t = _position(offset, section.length)
             for suffix, part in _layer_parts(section, offset, layers).items():
-                name = f"{stack}.{layer}.{suffix}"
                 placed = Part(part.role, stack, layer, suffix, part.expert)
+                name = f"{stack}.{layer}.{suffix}"
                 result.slots.append(_slot(name, placed, section, models, t, offset))
             source_layers.append(section.contributors[0].layers[0] + offset)
             layer += 1
     for name, part in names:
         if part.stack != stack and part.role in after:
             result.slots.append(_slot(name, part, last, models, 0.0))
-    result.layers, result.source_layers = layer, tuple(source_layers)
-    others = [other for other in giver.anatomy.stacks if other != stack]
+    result.restacked[stack] = tuple(source_layers)
+    others = sorted({part.stack for _, part in names if part.stack not in (stack, None)})
     if others:
-        result.notes.append(f"layer ranges mean the stack {stack}; {', '.join(others)} come whole from the first slice")
-    _unused_layers(models, sections, result)
+        result.notes.append(
+            f"layer ranges mean the stack {stack}; {', '.join(map(str, others))} come whole from the first slice"
+        )
+    _unused_layers(models, stack, sections, result)
 
 
 def _layer_parts(section: Section, offset: int, layers: Mapping[int, dict[int, list[Part]]]) -> dict[str, Part]:
@@ -166,16 +238,16 @@ def _layer_parts(section: Section, offset: int, layers: Mapping[int, dict[int, l
     return found
 
 
-def _layers_of(model: Model) -> dict[int, list[Part]]:
-    """The parts of each layer of the main stack."""
+def _layers_of(model: Model, stack: str) -> dict[int, list[Part]]:
+    """The parts of each layer of a stack."""
     layers: dict[int, list[Part]] = {}
     for part in model.anatomy.parts.values():
-        if part.stack is not None and part.stack == model.anatomy.main and part.layer is not None:
+        if part.stack == stack and part.layer is not None:
             layers.setdefault(part.layer, []).append(part)
     return layers
 
 
-def _unused_layers(models: Sequence[Model], sections: Sequence[Section], result: Alignment) -> None:
+def _unused_layers(models: Sequence[Model], stack: str, sections: Sequence[Section], result: Alignment) -> None:
     used: dict[int, set[int]] = {}
     for section in sections:
         for contributor in section.contributors:
@@ -183,7 +255,7 @@ def _unused_layers(models: Sequence[Model], sections: Sequence[Section], result:
     for index, layers in used.items():
         model = models[index]
         for name, part in model.anatomy.parts.items():
-            if part.stack == model.anatomy.main and part.layer is not None and part.layer not in layers:
+            if part.stack == stack and part.layer is not None and part.layer not in layers:
                 result.ignored[f"{model.name}: {name}"] = "its layer is in no slice"
 
 
@@ -205,8 +277,7 @@ def _extra(models: Sequence[Model], donor: int, result: Alignment) -> None:
             continue
         extra = []
         for name, part in model.anatomy.parts.items():
-            in_main = part.stack is not None and part.stack == model.anatomy.main and result.layers is not None
-            if in_main or name in taken or name in giver.source.tensors:
+            if part.stack in result.restacked or name in taken or name in giver.source.tensors:
                 continue
             if part.role is Role.BUFFER:
                 result.ignored[f"{model.name}: {name}"] = "a buffer that the donor does not keep"

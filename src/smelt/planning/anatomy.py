@@ -449,6 +449,24 @@ def _count_keys(counts: Mapping[KeyPath, int], length: int, main: str) -> tuple[
     )
 
 
+def other_count_keys(config: Mapping[str, object], stack: str, length: int) -> tuple[KeyPath, ...]:
+    """Where the config counts the layers of a stack that is not the main one: a vision tower, an encoder."""
+    found: list[KeyPath] = []
+    nodes: list[tuple[KeyPath, Mapping[str, object]]] = [((), config)]
+    for path, node in nodes:
+        for key, value in node.items():
+            if isinstance(value, Mapping) and len(path) < 4:
+                nodes.append(((*path, key), value))
+            elif key in _COUNT_KEYS and _integer(value) == length:
+                found.append((*path, key))
+    tower = bool(_TOWER.search(stack))
+    found = [path for path in found if tower == bool(_TOWER.search(".".join(path[:-1])))]
+    decoder = [path for path in found if "decoder" in path[-1]]
+    if "decoder" in stack.split(".") and decoder:
+        return tuple(decoder)
+    return tuple(path for path in found if path not in decoder) if "encoder" in stack.split(".") else tuple(found)
+
+
 def _predict_layers(config: Mapping[str, object]) -> int:
     """How many layers beyond the counted ones predict further tokens (multi-token prediction)."""
     values = (_integer(node.get(key)) for _, node in _language(config) for key in _PREDICT_KEYS)

@@ -13,6 +13,7 @@ from smelt.planning.anatomy import Role
 from smelt.planning.entries import Action, Entry, Input, Plan
 from smelt.planning.locate import Model
 from smelt.planning.sections import sections
+from smelt.planning.tokens import choose_tokens
 from smelt.recipe.canonical import digest
 from smelt.recipe.check import check_parameters, notes
 from smelt.recipe.schema import Recipe
@@ -62,6 +63,10 @@ class _Builder:
         alignment = align(self.recipe, self.models, found, donor=self.donor)
         self._alignment_problems(alignment)
         self._check_quantised()
+        tokens = choose_tokens(self.recipe, self.models, self.place, donor=self.donor, allow=self.allow)
+        self.problems.extend(tokens.problems)
+        self.notes.extend(tokens.notes)
+        self.warnings.extend(tokens.warnings)
         entries = [entry for slot in alignment.slots if (entry := self._entry(slot)) is not None]
         raise_all(self.problems)
         self._report(alignment)
@@ -73,8 +78,9 @@ class _Builder:
             base=self.base,
             entries=tuple(entries),
             recipe_digest=digest(self.recipe, rename={text: self.models[i].name for text, i in self.place.items()}),
-            layers=alignment.layers,
-            source_layers=alignment.source_layers,
+            restacked=alignment.restacked,
+            tokenizer_donor=tokens.donor,
+            chat_template=tokens.chat_template,
             tied=self._tied(bool(head)),
             ignored=alignment.ignored,
             notes=tuple(self.notes),
@@ -88,6 +94,8 @@ class _Builder:
         giver = self.models[self.donor]
         if slot.part.role is Role.BUFFER:
             return self._buffer(slot, giver)
+        if slot.section.copied:
+            return self._copy(slot, Input(self.donor, giver.source.tensors[slot.name]), "its part is in no module")
         present = [i for i, tensor in enumerate(slot.tensors) if tensor is not None]
         if len(present) < len(slot.tensors):
             lacking = [slot.section.contributors[i].text for i in range(len(slot.tensors)) if i not in present]

@@ -11,13 +11,26 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from smelt.planning.anatomy import layer_lists, layer_numbers
+from smelt.planning.anatomy import layer_lists, layer_numbers, other_count_keys
 from smelt.planning.build import output_dtype
 from smelt.planning.entries import Plan
 from smelt.planning.locate import Model
+from smelt.tokens import chat
 
-COPIED = (
+OF_DONOR = (
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "feature_extractor_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+"""What is taken from the donor as it is; code (*.py) and cards never are."""
+OF_TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -31,46 +44,74 @@ COPIED = (
     "*.tiktoken",
     "chat_template.jinja",
     "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "image_processor_config.json",
-    "video_preprocessor_config.json",
-    "feature_extractor_config.json",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
 )
-"""What is taken from the donor as it is; code (*.py) and cards never are."""
+"""What is taken from the model that gives the tokenizer."""
 
 
-def copied_files(donor: Model) -> list[str]:
-    """The donor's files that go beside the merged weights, sorted."""
-    return [
-        name for name in donor.source.other_files() if any(fnmatch.fnmatchcase(name, pattern) for pattern in COPIED)
-    ]
+def small_files(plan: Plan, models: Sequence[Model]) -> dict[str, bytes]:
+    """Everything beside the weights that does not speak of the merge itself: name -> content."""
+    donor, tokenizer = models[plan.donor], models[plan.tokenizer_donor]
+    files: dict[str, bytes] = {}
+    config = merged_config(plan, models)
+    if config is not None:
+        files["config.json"] = json_bytes(config)
+    for model, patterns in ((donor, OF_DONOR), (tokenizer, OF_TOKENIZER)):
+        for name in model.source.other_files():
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+                content = model.source.bytes(name)
+                if content is not None:
+                    files[name] = content
+    if plan.chat_template is not None:
+        files.pop("chat_template.json", None)
+        files[chat.FILE] = plan.chat_template.encode()
+        settings = tokenizer.source.json("tokenizer_config.json")
+        if settings is not None and settings.pop("chat_template", None) is not None:
+            files["tokenizer_config.json"] = json_bytes(settings)
+    return files
 
 
 def merged_config(plan: Plan, models: Sequence[Model]) -> dict[str, Any] | None:
     """The donor's config.json with layer count, per-layer lists, dtype, vocabulary and tying as the merge made them.
 
-    Keys that begin with `_` are private to the library that wrote them and are left out. None if the donor has none.
+    None if the donor has none.
     """
     donor = models[plan.donor]
     if donor.config is None:
         return None
-    config: dict[str, Any] = {
-        key: copy.deepcopy(value) for key, value in donor.config.items() if not key.startswith("_")
-    }
-    if plan.layers is not None and plan.source_layers is not None:
-        _patch_layers(config, plan, donor)
+    config = {key: copy.deepcopy(value) for key, value in donor.config.items() if not _is_private(key, value)}
+    _patch_code(config, plan)
+    _patch_layers(config, plan, donor)
     _patch_dtype(config, plan)
     _patch_vocabulary(config, plan, donor)
     _patch_tying(config, plan, donor)
     return config
 
 
-def config_bytes(config: dict[str, Any]) -> bytes:
+def _is_private(key: str, value: object) -> bool:
+    """Paths, commits and implementation names begin with `_` and are text; flags such as `_remove_final_layer_norm`
+    begin with `_` too, and say what the model is."""
+    return key.startswith("_") and not isinstance(value, bool | int | float)
+
+
+def _patch_code(config: dict[str, Any], plan: Plan) -> None:
+    """Code is never copied: `auto_map` must name the repository that has it, or go."""
+    mapped = config.get("auto_map")
+    if not isinstance(mapped, dict):
+        config.pop("auto_map", None)
+        return
+    donor = plan.models[plan.donor]
+    named = {}
+    for key, value in mapped.items():
+        if isinstance(value, str) and "--" in value:
+            named[key] = value
+        elif isinstance(value, str) and donor.commit is not None:
+            named[key] = f"{donor.published}--{value}"
+    config["auto_map"] = named
+    if not named:
+        del config["auto_map"]
+
+
+def json_bytes(config: dict[str, Any]) -> bytes:
     """JSON as model libraries write it."""
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -82,21 +123,28 @@ def _node(config: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
 
 
 def _patch_layers(config: dict[str, Any], plan: Plan, donor: Model) -> None:
-    assert plan.layers is not None
-    assert plan.source_layers is not None
-    anatomy = donor.anatomy
-    old = anatomy.stacks[anatomy.main or ""] - anatomy.extra_layers
-    for path in layer_lists(config, old):
-        node = _node(config, path[:-1])
-        values = node[path[-1]]
-        taken = [values[layer] for layer in plan.source_layers if layer < len(values)]
-        node[path[-1]] = "".join(taken) if isinstance(values, str) else taken
-    for path in layer_numbers(config, old):
-        node = _node(config, path[:-1])
-        wanted = set(node[path[-1]])
-        node[path[-1]] = [place for place, layer in enumerate(plan.source_layers) if layer in wanted]
-    for path in anatomy.layer_count_keys:
-        _node(config, path[:-1])[path[-1]] = plan.layers
+    for stack, sources in plan.restacked.items():
+        anatomy = donor.anatomy
+        old = anatomy.stacks[stack] - (anatomy.extra_layers if stack == anatomy.main else 0)
+        if stack == anatomy.main:
+            for path in layer_lists(config, old):
+                node = _node(config, path[:-1])
+                values = node[path[-1]]
+                taken = [values[layer] for layer in sources if layer < len(values)]
+                node[path[-1]] = "".join(taken) if isinstance(values, str) else taken
+            for path in layer_numbers(config, old):
+                node = _node(config, path[:-1])
+                wanted = set(node[path[-1]])
+                node[path[-1]] = [place for place, layer in enumerate(sources) if layer in wanted]
+        for path in count_keys(donor, stack):
+            _node(config, path[:-1])[path[-1]] = len(sources)
+
+
+def count_keys(model: Model, stack: str) -> tuple[tuple[str, ...], ...]:
+    """Where the config counts the layers of a stack."""
+    if stack == model.anatomy.main:
+        return model.anatomy.layer_count_keys
+    return other_count_keys(model.config or {}, stack, model.anatomy.stacks[stack])
 
 
 def _patch_dtype(config: dict[str, Any], plan: Plan) -> None:

@@ -80,7 +80,11 @@ class PlannedModel:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a merge will do. `donor` is the place in `models` of the model that gives config and tokenizer."""
+    """What a merge will do.
+
+    `donor` is the place in `models` of the model that gives config and tensor names, `tokenizer_donor` of the one that
+    gives the tokenizer. `restacked` holds, for each stack that slices made anew, the source layer of every layer.
+    """
 
     method: str
     models: tuple[PlannedModel, ...]
@@ -88,8 +92,9 @@ class Plan:
     base: int | None
     entries: tuple[Entry, ...]
     recipe_digest: str
-    layers: int | None = None
-    source_layers: tuple[int, ...] | None = None
+    restacked: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tokenizer_donor: int = 0
+    chat_template: str | None = None
     tied: bool = False
     ignored: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -122,7 +122,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         ],
         "donor": plan.models[plan.donor].published,
         "base": None if plan.base is None else plan.models[plan.base].published,
-        "layers": plan.layers,
+        "layers": {stack: list(layers) for stack, layers in plan.restacked.items()},
         "parameters": plan.parameters,
         "bytes_in": plan.input_bytes,
         "bytes_out": plan.output_bytes,

@@ -8,6 +8,7 @@ from smelt.errors import RecipeError, SmeltError
 from smelt.methods.api import MethodInfo
 from smelt.planning.align import Contributor, Section
 from smelt.planning.locate import Model
+from smelt.planning.parts import find_part, part_of
 from smelt.recipe.schema import Block, Recipe, Scope
 
 
@@ -29,8 +30,10 @@ def sections(
                 problems.append(_unlisted_base(block, recipe, info))
             else:
                 scope = Scope(f"model {block.base_model}", (), {})
-                contributors.append(Contributor(base, str(block.base_model), _whole(models[base]), scope, True))
-        result.append(Section(block.scopes[0].label, tuple(contributors), block.scopes))
+                contributors.append(
+                    Contributor(base, str(block.base_model), _whole(models[base], block.module), scope, True)
+                )
+        result.append(Section(block.scopes[0].label, tuple(contributors), block.scopes, block.is_slice, block.module))
     return result, problems
 
 
@@ -46,9 +49,9 @@ def _contributors(
     for i, source in enumerate(block.sources):
         index = place[source.model.text]
         model = models[index]
-        whole = _whole(model)
+        whole = _whole(model, block.module)
         layers = source.layer_range or whole
-        if source.layer_range is not None and model.anatomy.main is not None and layers[1] > whole[1]:
+        if source.layer_range is not None and whole[1] and layers[1] > whole[1]:
             problems.append(
                 RecipeError(
                     f"layer_range {list(layers)} goes beyond {model.name}, which has {whole[1]} layers",
@@ -79,5 +82,13 @@ def _unlisted_base(block: Block, recipe: Recipe, info: MethodInfo) -> RecipeErro
     )
 
 
-def _whole(model: Model) -> tuple[int, int]:
-    return 0, model.anatomy.stacks.get(model.anatomy.main or "", 0)
+def _whole(model: Model, module: str | None) -> tuple[int, int]:
+    """All layers of the stack that ranges mean: the main one, or that of the module's part; (0, 0) if unknown."""
+    stack = model.anatomy.main
+    if module is not None:
+        of = part_of(model.anatomy)
+        home = next((of[name] for name, part in model.anatomy.parts.items() if part.stack == stack), None)
+        part = find_part(module, of.values(), main=home)
+        stacks = {found.stack for name, found in model.anatomy.parts.items() if of[name] == part and found.stack}
+        stack = stacks.pop() if len(stacks) == 1 else None
+    return 0, model.anatomy.stacks.get(stack or "", 0)

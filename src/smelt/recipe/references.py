@@ -136,7 +136,7 @@ def _read(value: Any, path: tuple[str | int, ...], faults: list[Fault]) -> Model
             fix = "write `model: {path: ..., revision: ...}`"
             faults.append(Fault("`path` and `revision` belong inside `model`", path, fix))
         inner = _read(value["model"], (*path, "model"), faults)
-    elif "path" not in texts:
+    elif "path" not in texts and not any(nearest(key, ["path", "model"]) for key in value if key not in _KEYS):
         faults.append(Fault("a model without `path`", path, "write `path: org/name`, or just the name"))
     if faults:
         return None

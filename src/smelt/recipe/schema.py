@@ -103,7 +103,7 @@ DTypeName: TypeAlias = Annotated[str, AfterValidator(_read_dtype)]
 Vocabulary: TypeAlias = Annotated[
     ModelName | Literal["union", "base"], PlainValidator(_read_vocabulary), WithJsonSchema(_NAME_SCHEMA)
 ]
-Relaxation = Literal["extra_tensor", "missing_tensor", "nonfinite"]
+Relaxation = Literal["extra_tensor", "missing_tensor", "nonfinite", "vocabulary"]
 
 
 class Record(BaseModel):

@@ -189,6 +189,7 @@ def _in_words(problem: str, character: str) -> tuple[str, str | None]:
             "check the indentation here and in the line above; put text that holds `: ` in quotes",
         ),
         ("expected <block end>", "the indentation does not fit the lines above", "line it up with its neighbours"),
+        ("expected '<document start>'", "this line does not fit the lines above", "check its indentation and theirs"),
         ("expected ',' or", "a bracket is not closed", "close it, or put a comma between the entries"),
         ("expected the node content", "a value is missing between brackets", "remove the extra comma or bracket"),
         ("could not find expected ':'", "a line is neither `key: value` nor `- entry`", "add the missing `: value`"),

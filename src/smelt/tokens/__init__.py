@@ -1,0 +1,1 @@
+"""Vocabularies and chat templates, as values."""
