@@ -43,20 +43,23 @@ def merge_state_dicts(
     >>> merge_state_dicts([{"w": np.float32([1, 2])}, {"w": np.float32([3, 6])}], method="linear", weight=0.5)
     {'w': array([2., 4.], dtype=float32)}
     """
+    for name, number in (("workers", workers), ("tile", tile)):
+        if number is not None and number < 1:
+            raise RecipeError(f"{name} must be at least 1, not {number}", fix="leave it out for the default")
     if not models:
         raise RecipeError("there is no model to merge", fix="give at least one state dict")
     names = [f"model {i + 1}" for i in range(len(models))]
-    recipe = from_dict(_recipe(names, method, base is not None, dtype, parameters))
+    recipe = from_dict(_recipe(names, method, base is not None, dtype, parameters) | {"allow": list(allow)})
     check_recipe(recipe)
     given = dict(zip(names, models, strict=True))
     if base is not None:
         given["base"] = base
     opened = {name: _model(name, state) for name, state in given.items()}
-    plan = build(recipe, opened, allow=frozenset(allow), seed=seed)
+    plan = build(recipe, opened, seed=seed)
     sources = [opened[model.published].source for model in plan.models]
     check_equal(plan, sources)
     sink = _Memory(plan)
-    run(plan, sources, sink, workers=workers, tile=tile, allow_nonfinite="nonfinite" in frozenset(allow))
+    run(plan, sources, sink, workers=workers, tile=tile, allow_nonfinite="nonfinite" in recipe.allow)
     like = next(iter(models[0].values()), None)
     kind = "torch" if _is_torch(like) else "numpy"
     return {
@@ -100,6 +103,8 @@ def _recipe(
 def _model(name: str, state: Mapping[str, Any]) -> Model:
     tensors: dict[str, tuple[TensorSpec, Bytes]] = {}
     for key, value in state.items():
+        if not isinstance(key, str):
+            raise InputError(f"a tensor's name is text, not {key!r}", where=[name], fix="give a dict of name: tensor")
         dtype, data = _to_bytes(value, f"{name}: {key}")
         tensors[key] = (TensorSpec(key, dtype, tuple(int(n) for n in value.shape)), data)
     source = MemoryCheckpoint(name, tensors)
@@ -118,7 +123,8 @@ def _to_bytes(value: Any, where: str) -> tuple[DType, Bytes]:
         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if name in BY_NAME else None
     elif isinstance(value, np.ndarray):
         name = value.dtype.name
-        data = np.ascontiguousarray(value).reshape(-1).view(np.uint8) if name in BY_NAME else None
+        little = value.astype(value.dtype.newbyteorder("<"), copy=False) if name in BY_NAME else value
+        data = np.ascontiguousarray(little).reshape(-1).view(np.uint8) if name in BY_NAME else None
     else:
         raise InputError(f"not an array but {type(value).__name__}", where=[where], fix="give arrays or torch tensors")
     if data is None:

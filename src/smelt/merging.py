@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from smelt.engine.forecast import Forecast, forecast
 from smelt.engine.run import RunResult, check_equal, run
-from smelt.errors import InputError, RecipeError, StorageError
+from smelt.errors import InputError, NumericError, RecipeError, StorageError
 from smelt.lineage.card import CARD, card
 from smelt.lineage.record import RECORD, file_digest, record
+from smelt.methods.loading import load_file
 from smelt.planning.build import build, check_recipe
 from smelt.planning.check import check
 from smelt.planning.companions import small_files
@@ -30,6 +32,8 @@ SHARD_BYTES = 5_000_000_000
 """Most bytes of tensors in one weight file, unless asked otherwise."""
 ALLOWED = get_args(Relaxation)
 """What `allow` may relax."""
+
+_REPAIR = "repair or drop the models that hold them, or leave --strict out"
 
 Progress = Callable[[int, int], None]
 
@@ -68,36 +72,79 @@ def prepare(
     seed: int = 0,
     workers: int | None = None,
     tile: int | None = None,
+    trust_methods: bool = False,
 ) -> Iterator[Prepared]:
     """Parse, open and plan; the models are closed when the context ends.
 
     `recipe` is a path, a mapping or a Recipe. `strict` makes warnings errors. Raises RecipeError or InputError with
     every problem that was found.
     """
-    allowed = frozenset(allow)
-    if unknown := sorted(allowed - set(ALLOWED)):
-        raise RecipeError(f"unknown word to allow: {', '.join(unknown)}", fix=f"known are {', '.join(ALLOWED)}")
+    allowed = allowances(allow)
+    check_numbers(workers=workers, tile=tile)
     beside = None
     if isinstance(recipe, str | Path):
         beside = Path(recipe).resolve().parent
         recipe = load(Path(recipe))
     elif not isinstance(recipe, Recipe):
         recipe = from_dict(recipe)
+    _load_methods(recipe, beside or Path.cwd(), trust=trust_methods)
     check_recipe(recipe)
     with ExitStack() as stack:
         opened = open_models(recipe.model_names(), beside=beside, stack=stack)
         plan = build(recipe, opened, allow=allowed, seed=seed)
         models = tuple({id(opened[name.text]): opened[name.text] for name in recipe.model_names()}.values())
         if strict and plan.warnings:
-            raise RecipeError(
-                f"{len(plan.warnings)} warnings, and --strict makes them errors", where=list(plan.warnings)
-            )
+            raise RecipeError(_strictly(len(plan.warnings)), where=list(plan.warnings))
         yield Prepared(recipe, opened, models, plan, forecast(plan, workers=workers, tile=tile))
 
 
-def plan(recipe: Recipe | Mapping[str, Any] | str | Path, *, allow: Iterable[str] = (), seed: int = 0) -> Plan:
+def allowances(allow: Iterable[str]) -> frozenset[str]:
+    """The words to allow, checked. Raises RecipeError."""
+    allowed = frozenset([allow] if isinstance(allow, str) else allow)
+    if unknown := sorted(allowed - set(ALLOWED)):
+        raise RecipeError(f"unknown word to allow: {', '.join(unknown)}", fix=f"known are {', '.join(ALLOWED)}")
+    return allowed
+
+
+def check_numbers(**numbers: int | None) -> None:
+    """Numbers that must be 1 or more where they are given. Raises RecipeError."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise RecipeError(f"{_SAID[name]} must be at least 1, not {number}", fix="leave it out for the default")
+
+
+_SAID = {"workers": "the number of threads", "tile": "the tile size", "shard_bytes": "the shard size"}
+
+
+def _strictly(count: int) -> str:
+    return (
+        "a warning, and --strict makes it an error"
+        if count == 1
+        else f"{count} warnings, and --strict makes them errors"
+    )
+
+
+def _load_methods(recipe: Recipe, folder: Path, *, trust: bool) -> None:
+    """Load the method files that a recipe names: code, so only if the user trusts it."""
+    if recipe.methods and not trust:
+        raise RecipeError(
+            f"the recipe names a method file, which is code: {', '.join(recipe.methods)}",
+            where=recipe.where("methods"),
+            fix="read the file, and pass --trust-methods (trust_methods=True) if you trust it",
+        )
+    for file in recipe.methods:
+        load_file(folder / file)
+
+
+def plan(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    allow: Iterable[str] = (),
+    seed: int = 0,
+    trust_methods: bool = False,
+) -> Plan:
     """What a merge of this recipe would do, from headers and configs alone. Raises as `merge` does."""
-    with prepare(recipe, allow=allow, seed=seed) as prepared:
+    with prepare(recipe, allow=allow, seed=seed, trust_methods=trust_methods) as prepared:
         return prepared.plan
 
 
@@ -113,27 +160,33 @@ def merge(
     workers: int | None = None,
     tile: int | None = None,
     hash_inputs: bool = False,
+    trust_methods: bool = False,
     progress: Progress | None = None,
     on_plan: Callable[[Prepared], None] | None = None,
 ) -> MergeReport:
     """Merge models as a recipe says, into the folder `out`, which appears whole or not at all.
 
-    `allow` relaxes checks by name (`extra_tensor`, `missing_tensor`, `nonfinite`, `vocabulary`); `seed` drives the
-    random methods;
-    `workers` (threads) and `tile` (elements) change the speed, never the result; `hash_inputs` records the sha256 of
-    every input file. `progress` is called with (bytes done, bytes in all), `on_plan` once before anything is written.
+    `allow` relaxes checks by name (`extra_tensor`, `missing_tensor`, `nonfinite`, `vocabulary`); `strict` makes
+    warnings errors; `seed` drives the random methods; `workers` (threads) and `tile` (elements) change the speed, never
+    the result; `hash_inputs` records the sha256 of every input file; `trust_methods` lets the recipe load method files,
+    which are code. `progress` is called with (bytes done, bytes in all), `on_plan` once before anything is written.
 
     Raises RecipeError, InputError, StorageError or NumericError, after which `out` is what it was before.
     """
     started = time.perf_counter()
     out = Path(out)
-    with prepare(recipe, allow=allow, strict=strict, seed=seed, workers=workers, tile=tile) as prepared:
+    allowed = allowances(allow)
+    check_numbers(shard_bytes=shard_bytes)
+    with prepare(
+        recipe, allow=allowed, strict=strict, seed=seed, workers=workers, tile=tile, trust_methods=trust_methods
+    ) as prepared:
         plan, models = prepared.plan, prepared.models
         _refuse_overlap(out, models)
         shards = layout([OutputTensor(e.name, e.dtype, e.shape) for e in plan.entries], shard_bytes=shard_bytes)
         check(plan, models, shards)
         sources = [model.source for model in models]
         check_equal(plan, sources)
+        papers = _papers(prepared, name=out.resolve().name)
         if on_plan is not None:
             on_plan(prepared)
         with Build.start(out, shards, overwrite=overwrite) as folder:
@@ -143,7 +196,7 @@ def merge(
                 folder,
                 workers=workers,
                 tile=tile,
-                allow_nonfinite="nonfinite" in allow or "nonfinite" in prepared.recipe.allow,
+                allow_nonfinite="nonfinite" in allowed or "nonfinite" in prepared.recipe.allow,
                 progress=progress,
             )
             hashes = {
@@ -153,9 +206,11 @@ def merge(
                 if (known := info.blob_sha256 or (_sha256(info.path) if hash_inputs else None))
             }
             _refuse_changed(models)
-            _write_papers(folder, prepared, done, hashes, name=out.resolve().name)
+            nonfinite = {r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created}
+            if strict and nonfinite:
+                raise NumericError(_strictly(1), where=_nonfinite_warnings(nonfinite), fix=_REPAIR)
+            _write_papers(folder, prepared, done, papers, hashes)
             folder.commit()
-    nonfinite = {r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created}
     return MergeReport(
         out=out,
         plan=plan,
@@ -169,13 +224,12 @@ def merge(
 
 
 def _refuse_overlap(out: Path, models: Sequence[Model]) -> None:
-    """The output must not be, hold, or lie in a folder that the merge reads."""
+    """The output must not be, hold, or lie in a folder (or be a file) that the merge reads."""
     target = out.expanduser().absolute().resolve()
     for model in models:
-        root = model.source.root
-        if root is None:
+        if model.source.root is None:
             continue
-        given = Path(root).resolve()
+        given = Path(model.planned.place).resolve()
         if target == given or target.is_relative_to(given) or given.is_relative_to(target):
             relation = "is" if target == given else "lies in" if target.is_relative_to(given) else "holds"
             raise StorageError(
@@ -207,26 +261,38 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_papers(
-    folder: Build, prepared: Prepared, done: RunResult, hashes: Mapping[tuple[int, str], str], *, name: str
-) -> None:
-    """Config, tokenizer, licence, card, recipe and record, into the build folder."""
+def _papers(prepared: Prepared, *, name: str) -> dict[str, bytes]:
+    """Config, tokenizer, licence, card and recipe: all that stands beside the weights and does not depend on them.
+
+    They are read before anything is written: a tokenizer that cannot be read must not end a merge at its end.
+    """
     plan, models = prepared.plan, prepared.models
-    donor = models[plan.donor]
     papers = small_files(plan, models)
     public = canonical(prepared.recipe, rename=published_names(prepared))
-    donor_card = donor.source.text("README.md") if "README.md" in donor.source.other_files() else None
+    donor_card = models[plan.donor].source.bytes(CARD)
     papers["mergekit_config.yml"] = to_yaml(public).encode()
     papers[CARD] = card(plan, name=name, recipe=public, donor_card=donor_card, has_config="config.json" in papers)
+    return papers
+
+
+def _write_papers(
+    folder: Build,
+    prepared: Prepared,
+    done: RunResult,
+    papers: Mapping[str, bytes],
+    hashes: Mapping[tuple[int, str], str],
+) -> None:
+    """The papers and the record, into the build folder."""
     for file, content in papers.items():
         folder.put(file, content)
+    plan = prepared.plan
     folder.put(
         RECORD,
         record(
-            plan,
+            replace(plan, notes=_published(plan.notes, prepared), warnings=_published(plan.warnings, prepared)),
             folder.layout,
-            recipe=public,
-            inputs=[model.source.files for model in models],
+            recipe=canonical(prepared.recipe, rename=published_names(prepared)),
+            inputs=[model.source.files for model in prepared.models],
             hashes=hashes,
             tensors={result.name: result.digest for result in done.tensors},
             nonfinite={r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created},
@@ -240,9 +306,19 @@ def published_names(prepared: Prepared) -> dict[str, str]:
     return {text: model.planned.published for text, model in prepared.opened.items()}
 
 
+def _published(texts: Sequence[str], prepared: Prepared) -> tuple[str, ...]:
+    """Notes and warnings without local paths: that of the recipe, and those by which it names models."""
+    names = {prepared.recipe.source: "recipe", **published_names(prepared)}
+    known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    pattern = re.compile(rf"(?<![\w./~\\-])(?:{known})(?![\w/\\-])")
+    return tuple(pattern.sub(lambda found: names[found[0]], text) for text in texts)
+
+
 def _nonfinite_warnings(nonfinite: Mapping[str, int]) -> list[str]:
     if not nonfinite:
         return []
     total = sum(nonfinite.values())
     shown = ", ".join(f"{name} ({count})" for name, count in list(nonfinite.items())[:3])
-    return [f"{total} numbers of the output are NaN or infinite, in {len(nonfinite)} tensors: {shown}"]
+    numbers = "1 number of the output is" if total == 1 else f"{total} numbers of the output are"
+    tensors = "1 tensor" if len(nonfinite) == 1 else f"{len(nonfinite)} tensors"
+    return [f"{numbers} NaN or infinite, in {tensors}: {shown}"]

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES, assert_clean, load, make
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import smelt
+from architectures import ARCHITECTURES, assert_clean, load, make
 
 
 def stored(folder: Path) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """`smelt COMMAND`: dispatch, and every error in one place.
 
 Exit codes: 0 all is well and verified; 1 a defect of smelt; 2 usage or recipe; 3 bad input; 4 reading, writing or
-space; 5 numbers; 130 interrupted, 143 terminated.
+space; 5 numbers; 128 + the signal's number where one ended it: 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 from cyclopts import App, CycloptsError
 
 from smelt._version import __version__
+from smelt.cli.show import visible
 from smelt.errors import ManyProblems, RecipeError, SmeltError, nearest
 
 app = App(
@@ -26,18 +28,28 @@ app = App(
 )
 app.command("smelt.cli.merge:merge", name="merge", help="Merge models as a recipe says, into a new folder.")
 app.command("smelt.cli.plan:plan", name="plan", help="Show what a merge would do, without doing it.")
+app.command("smelt.cli.check:check", name="check", help="Check a recipe from configs and headers alone.")
 app.command("smelt.cli.methods:methods", name="methods", help="List the merge methods, or explain one.")
+app.command("smelt.cli.schema:schema", name="schema", help="Print the JSON schema of the recipe language.")
 app.command("smelt.cli.verify:verify", name="verify", help="Check an output against its record.")
 
 
-class Terminated(BaseException):
-    """The process was asked to end (SIGTERM); unwinds like an interrupt, so that nothing is left behind."""
+class Stopped(BaseException):
+    """A signal asked the process to end; unwinds, so that nothing is left behind."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     words = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
+            signal.signal(number, _stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends nothing
     sys.exit(run(words))
 
 
@@ -53,12 +65,11 @@ def run(words: list[str]) -> int:
         return _report(error, as_json)
     except CycloptsError as error:
         return _report(_usage(error, words), as_json)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was left behind", file=sys.stderr)
-        return 130
-    except Terminated:
-        print("terminated: nothing was left behind", file=sys.stderr)
-        return 143
+    except (KeyboardInterrupt, Stopped) as error:
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
+        said = "interrupted" if number == signal.SIGINT else "terminated"
+        print(f"{said}: nothing was left behind", file=sys.stderr)
+        return 128 + number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -69,12 +80,21 @@ def run(words: list[str]) -> int:
         return _report(SmeltError(f"a defect of smelt: {type(error).__name__}: {error}", fix=fix), as_json)
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise Terminated
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    for other in _SIGNALS:  # a second Ctrl-C must not cut short the cleaning up that the first one began
+        signal.signal(other, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+def _commands() -> list[str]:
+    return [name for name in app if not name.startswith("-")]
 
 
 def _check_command(words: list[str]) -> None:
-    known = [name for name in app if not name.startswith("-")]
+    known = _commands()
     if words and not words[0].startswith("-") and words[0] not in known:
         close = nearest(words[0], known)
         fix = f"did you mean `smelt {close}`?" if close else f"commands are {', '.join(known)}"
@@ -83,7 +103,7 @@ def _check_command(words: list[str]) -> None:
 
 def _usage(error: CycloptsError, words: list[str]) -> RecipeError:
     """A mistake on the command line in our words."""
-    command = f"{words[0]} " if words else ""
+    command = f"{words[0]} " if words and words[0] in _commands() else ""
     return RecipeError(" ".join(str(error).split()), fix=f"see `smelt {command}--help`")
 
 
@@ -91,7 +111,7 @@ def _report(error: SmeltError, as_json: bool) -> int:
     if as_json:
         print(_json(error))
     else:
-        print(error.render(), file=sys.stderr)
+        print(visible(error.render()), file=sys.stderr)
         if isinstance(error, ManyProblems):
             print(f"{len(error.problems)} problems; nothing was written", file=sys.stderr)
     return error.exit_code

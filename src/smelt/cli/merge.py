@@ -10,10 +10,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from smelt.cli.show import count_text, parse_size, progress, size_text
+from smelt.cli.options import Allow, Flag, Json, Quiet, Seed, Verbose
+from smelt.cli.show import count_text, parse_size, progress, size_text, visible
 from smelt.merging import MergeReport, Prepared
 from smelt.merging import merge as run_merge
-from smelt.recipe.schema import Relaxation
 
 
 def merge(
@@ -21,16 +21,17 @@ def merge(
     out: Path,
     /,
     *,
-    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    overwrite: Flag = False,
     shard_size: Annotated[str, Parameter(name=["--shard-size", "--out-shard-size"])] = "5GB",
     threads: int | None = None,
-    seed: Annotated[int, Parameter(name=["--seed", "--random-seed"])] = 0,
-    allow: Annotated[list[Relaxation], Parameter(negative="")] = [],  # noqa: B006
-    strict: Annotated[bool, Parameter(negative="")] = False,
-    hash_inputs: Annotated[bool, Parameter(negative="")] = False,
-    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative="")] = False,
-    verbose: Annotated[bool, Parameter(name=["--verbose", "-v"], negative="")] = False,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    seed: Seed = 0,
+    allow: Allow = [],  # noqa: B006
+    strict: Flag = False,
+    hash_inputs: Flag = False,
+    trust_methods: Flag = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
 ) -> int:
     """Merge models as a recipe says, into a new folder. The folder appears whole or not at all.
 
@@ -54,6 +55,8 @@ def merge(
         Make warnings errors.
     hash_inputs
         Record the sha256 of every input file (reads them once more).
+    trust_methods
+        Load the method files that the recipe names; they are code.
     quiet
         Print nothing but errors.
     verbose
@@ -75,6 +78,7 @@ def merge(
             allow=allow,
             strict=strict,
             hash_inputs=hash_inputs,
+            trust_methods=trust_methods,
             progress=report,
             on_plan=None if quiet else lambda prepared: _say_plan(prepared, out, verbose=verbose),
         )
@@ -88,7 +92,7 @@ def merge(
 def _say_plan(prepared: Prepared, out: Path, *, verbose: bool) -> None:
     plan, forecast = prepared.plan, prepared.forecast
     names = ", ".join(model.published for model in plan.models)
-    print(f"{plan.method} of {names} -> {out}", file=sys.stderr)
+    print(visible(f"{plan.method} of {names} -> {out}"), file=sys.stderr)
     print(
         f"{len(plan.entries)} tensors, {count_text(plan.parameters)} parameters; reads "
         f"{size_text(forecast.bytes_read)}, writes {size_text(forecast.bytes_written)}, "
@@ -97,12 +101,12 @@ def _say_plan(prepared: Prepared, out: Path, *, verbose: bool) -> None:
     )
     if verbose:
         for note in plan.notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(visible(f"note: {note}"), file=sys.stderr)
 
 
 def _say_done(done: MergeReport) -> None:
     for warning in done.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(visible(f"warning: {warning}"), file=sys.stderr)
     rate = (done.bytes_read + done.bytes_written) / max(done.engine_seconds, 1e-9)
     print(
         f"done: {done.out}  {size_text(done.bytes_written)} in {done.seconds:.1f} s "

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
-
+from smelt.cli.options import Json
 from smelt.cli.show import table
 from smelt.errors import RecipeError, nearest
 from smelt.methods import api
 from smelt.methods.fields import Field
 
 
-def methods(
-    name: str | None = None, /, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False
-) -> int:
+def methods(name: str | None = None, /, *, as_json: Json = False) -> int:
     """List the merge methods, or explain one: equation, parameters, use, source, an example recipe.
 
     Parameters

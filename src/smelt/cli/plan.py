@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
-
-from smelt.cli.show import count_text, size_text, table
+from smelt.cli.options import Allow, Flag, Json, Seed
+from smelt.cli.show import count_text, size_text, table, visible
+from smelt.errors import RecipeError, nearest
 from smelt.merging import Prepared, prepare
 from smelt.planning.entries import PlannedModel
-from smelt.planning.explain import groups, plan_json, recipe_of
-from smelt.recipe.schema import Relaxation
+from smelt.planning.explain import explanation, explanation_json, groups, plan_json, recipe_of
 
 
 def plan(
     recipe: Path,
     /,
     *,
+    explain: str | None = None,
     threads: int | None = None,
-    seed: Annotated[int, Parameter(name=["--seed", "--random-seed"])] = 0,
-    allow: Annotated[list[Relaxation], Parameter(negative="")] = [],  # noqa: B006
-    strict: Annotated[bool, Parameter(negative="")] = False,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    seed: Seed = 0,
+    allow: Allow = [],  # noqa: B006
+    strict: Flag = False,
+    trust_methods: Flag = False,
+    as_json: Json = False,
 ) -> int:
     """Show what a merge would do: what each tensor gets with which numbers, bytes, passes and memory.
 
@@ -33,6 +33,8 @@ def plan(
     ----------
     recipe
         The recipe, a YAML file.
+    explain
+        A tensor (or a part of names): show how each of its numbers came about.
     threads
         Worker threads the prediction is for; all cores by default.
     seed
@@ -41,11 +43,17 @@ def plan(
         Relax a check: extra_tensor, missing_tensor or vocabulary. May be given several times.
     strict
         Make warnings errors.
+    trust_methods
+        Load the method files that the recipe names; they are code.
     as_json
         Print the whole plan as JSON.
     """
-    with prepare(recipe, allow=allow, strict=strict, seed=seed, workers=threads) as prepared:
-        if as_json:
+    with prepare(
+        recipe, allow=allow, strict=strict, seed=seed, workers=threads, trust_methods=trust_methods
+    ) as prepared:
+        if explain is not None:
+            print(_explained(prepared, explain, as_json=as_json))
+        elif as_json:
             tree = plan_json(prepared.plan)
             for row in tree["tensors"]:
                 row["passes"] = prepared.forecast.passes[row["name"]]
@@ -57,8 +65,24 @@ def plan(
             }
             print(json.dumps(tree, indent=1))
         else:
-            print(_text(prepared))
+            print(visible(_text(prepared)))
     return 0
+
+
+def _explained(prepared: Prepared, wanted: str, *, as_json: bool) -> str:
+    """How the numbers of one tensor came about; of several whose names contain `wanted`, one after the other."""
+    entries = [entry for entry in prepared.plan.entries if entry.name == wanted]
+    entries = entries or [entry for entry in prepared.plan.entries if wanted in entry.name]
+    if not entries:
+        names = [entry.name for entry in prepared.plan.entries]
+        close = nearest(wanted, names)
+        raise RecipeError(
+            f"no tensor of the plan is called '{wanted}'",
+            fix=f"did you mean {close}?" if close else "`smelt plan` without --explain lists them",
+        )
+    if as_json:
+        return json.dumps([explanation_json(entry, prepared.plan) for entry in entries], indent=1)
+    return "\n\n".join(explanation(entry, prepared.plan) for entry in entries)
 
 
 def _text(prepared: Prepared) -> str:

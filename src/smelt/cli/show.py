@@ -14,6 +14,15 @@ from smelt.errors import RecipeError
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
+def visible(text: str) -> str:
+    r"""Text with control characters escaped: names in recipes and checkpoints must not write to the terminal.
+
+    >>> print(visible("a\x1b[2Jb"))
+    a\x1b[2Jb
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def size_text(count: float) -> str:
     """Bytes for people.
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
-
+from smelt.cli.options import Json, Quiet
 from smelt.cli.show import progress, size_text
 from smelt.errors import raise_all
 from smelt.lineage.verify import verify as run_verify
@@ -17,8 +15,8 @@ def verify(
     out: Path,
     /,
     *,
-    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative="")] = False,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> int:
     """Check an output against its record: every file is there and as it was written, every tensor has its digest.
 

@@ -6,8 +6,10 @@ last task of a pass ends the pass. Results of reductions are folded in the order
 
 from __future__ import annotations
 
+import inspect
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,8 +19,10 @@ import xxhash
 from smelt import dtypes
 from smelt.engine.rng import key, uniform
 from smelt.engine.tiles import Geometry, Scratch
-from smelt.errors import NumericError
+from smelt.errors import NumericError, RecipeError, SmeltError
 from smelt.methods import api
+from smelt.methods.api import Undefined
+from smelt.methods.loading import line_of
 from smelt.planning.entries import Action, Entry
 from smelt.storage.checkpoint import TensorSource
 
@@ -174,8 +178,34 @@ class TensorRun:
     def _derive(self) -> None:
         with np.errstate(all="ignore"):
             for derived in self._method.info.derived:
-                arguments = [self._results[name] for name in derived.arguments]
-                self._results[derived.name] = derived.function(self._method, *arguments)
+                self._results[derived.name] = self._call(derived.function, derived.arguments, self._results)
+
+    def _call(self, function: Callable[..., Any], names: Sequence[str], given: Mapping[str, Any]) -> Any:
+        """Call a function of the method; what it raises is told with the line of the method's file."""
+        try:
+            return function(self._method, *(given[name] for name in names))
+        except Undefined as error:
+            raise self._undefined(str(error)) from error
+        except (SmeltError, MemoryError):
+            raise
+        except Exception as error:
+            path = inspect.getfile(type(self._method))
+            raise RecipeError(
+                f"method {self.entry.method} failed: {type(error).__name__}: {error}",
+                where=[line_of(error, os.path.basename(path), path), f"at tensor '{self.entry.name}'"],
+                fix="correct the method",
+            ) from error
+
+    def _checked(self, values: Any, count: int) -> Any:
+        """A tile's result as a flat float32 array of `count` elements."""
+        found = np.asarray(values)
+        if found.dtype != np.float32 or found.size != count:
+            raise RecipeError(
+                f"method {self.entry.method} gave a tile of {list(found.shape)} {found.dtype}",
+                where=[inspect.getfile(type(self._method)), f"at tensor '{self.entry.name}'"],
+                fix=f"tile() must return float32, one number for each of the {count} elements of its tile",
+            )
+        return np.ascontiguousarray(found).reshape(-1)
 
     def _raw(self, number: int, start: int, stop: int, scratch: Scratch) -> tuple[list[Any], int]:
         """The stored bytes of elements [start, stop) of every source, and how many bytes were read for it."""
@@ -233,8 +263,8 @@ class TensorRun:
             for low, high in self.geometry.tile_spans(start, stop):
                 given = self._arguments(wanted, raw, start, low - start, high - low, scratch)
                 for running in self._running:
-                    arguments = [given[name] for name in running.reduction.arguments]
-                    running.add(running.reduction.function(self._method, *arguments), low, high, self.geometry)
+                    values = self._call(running.reduction.function, running.reduction.arguments, given)
+                    running.add(values, low, high, self.geometry)
         return read
 
     def _write(self, start: int, stop: int, scratch: Scratch) -> int:
@@ -246,9 +276,9 @@ class TensorRun:
             for low, high in self.geometry.tile_spans(start, stop):
                 offset, count = low - start, high - low
                 given = self._arguments(wanted, raw, start, offset, count, scratch)
-                values = self._method.tile(*(given[name] for name in self._method.info.tile_arguments))
+                values = self._call(type(self._method).tile, self._method.info.tile_arguments, given)
                 piece = out[entry.dtype.nbytes(offset) : entry.dtype.nbytes(offset + count)]
-                dtypes.encode(np.ascontiguousarray(values).reshape(-1), entry.dtype, piece)
+                dtypes.encode(self._checked(values, count), entry.dtype, piece)
                 self._count_nonfinite(piece, raw, offset, count, start)
         self._sink.write(entry.name, entry.dtype.nbytes(start), memoryview(out))
         self._digest(entry.dtype.nbytes(start), out)
@@ -289,6 +319,17 @@ class TensorRun:
                 *(f"input {source.tensor} of model {source.model + 1}" for source in entry.sources),
             ],
             fix="choose a wider dtype (float32, bfloat16) or smaller weights, or pass --allow nonfinite",
+        )
+
+    def _undefined(self, reason: str) -> NumericError:
+        entry = self.entry
+        return NumericError(
+            f"tensor '{entry.name}': {reason}",
+            where=[
+                f"method {entry.method}",
+                *(f"input {source.tensor} of model {source.model + 1}" for source in entry.sources),
+            ],
+            fix="give this tensor other settings or another method",
         )
 
     def _digest(self, start: int, data: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,18 +13,20 @@ from smelt.planning.entries import Plan
 from smelt.recipe.canonical import to_yaml
 
 CARD = "README.md"
-_PLAIN = re.compile(r"[A-Za-z0-9][\w./-]*")
+_PLAIN = re.compile(r"[A-Za-z][\w.-]*(?:/[\w.-]+)?", re.ASCII)
+_SPECIAL = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))
+"""Words that YAML reads as something else than text."""
+_LICENCE = ("license", "license_name", "license_link")
 
 
-def card(plan: Plan, *, name: str, recipe: Mapping[str, Any], donor_card: str | None, has_config: bool) -> bytes:
+def card(plan: Plan, *, name: str, recipe: Mapping[str, Any], donor_card: bytes | None, has_config: bool) -> bytes:
     """The card of the merged model `name`. `recipe` is its canonical form, `donor_card` the donor's card, if any."""
     text = to_yaml(recipe)
     front = ["---", "base_model:"]
     front += [f"- {_quoted(model.published)}" for model in plan.models]
     front += ["base_model_relation: merge"]
-    licence = _front_value(donor_card, "license")
-    if licence:
-        front.append(f"license: {licence}")
+    donor = (donor_card or b"").decode("utf-8-sig", "replace")  # only plain words of it are taken over
+    front += [f"{key}: {_quoted(value)}" for key in _LICENCE if (value := _front_value(donor, key))]
     if has_config:
         front.append("library_name: transformers")
     front += ["tags:", "- merge", "- smelt", "---"]
@@ -32,13 +35,13 @@ def card(plan: Plan, *, name: str, recipe: Mapping[str, Any], donor_card: str | 
         "",
         f"# {name}",
         "",
-        f"A merge made with smelt {__version__}, method [{info.name}] ({info.source}).",
+        f"A merge made with smelt {__version__}, method `{info.name}` ({info.source}).",
         "",
         info.summary,
         "",
         "| model | role |",
         "|---|---|",
-        *(f"| {model.published} | {_role(index, plan)} |" for index, model in enumerate(plan.models)),
+        *(f"| {_cell(model.published)} | {_role(index, plan)} |" for index, model in enumerate(plan.models)),
         "",
         "## Recipe",
         "",
@@ -50,7 +53,7 @@ def card(plan: Plan, *, name: str, recipe: Mapping[str, Any], donor_card: str | 
         "every tensor and its digest; `smelt verify` checks the files against it.",
         "",
     ]
-    return "\n".join([*front, *lines]).replace(f"[{info.name}]", f"`{info.name}`").encode()
+    return "\n".join([*front, *lines]).encode()
 
 
 def _role(index: int, plan: Plan) -> str:
@@ -63,13 +66,20 @@ def _role(index: int, plan: Plan) -> str:
 
 
 def _quoted(name: str) -> str:
-    return name if _PLAIN.fullmatch(name) else '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    """Text as a YAML value."""
+    plain = _PLAIN.fullmatch(name) and name.lower() not in _SPECIAL
+    return name if plain else json.dumps(name, ensure_ascii=False)
 
 
-def _front_value(text: str | None, key: str) -> str | None:
+def _cell(name: str) -> str:
+    """Text as a cell of a Markdown table."""
+    return name.replace("|", "\\|").replace("\n", " ")
+
+
+def _front_value(text: str, key: str) -> str | None:
     """A plain one-line value of a card's front matter."""
-    if text is None or not text.startswith("---"):
+    if not text.startswith("---"):
         return None
     front = text[3:].split("\n---", 1)[0]
-    found = re.search(rf"^{key}:[ \t]*([A-Za-z0-9][\w.-]*)[ \t]*$", front, re.MULTILINE)
-    return found[1] if found else None
+    found = re.search(rf"^{key}:[ \t]*([\"']?)([A-Za-z0-9][\w.:/-]*)\1[ \t]*(?:#.*)?\r?$", front, re.MULTILINE)
+    return found[2] if found else None

@@ -87,10 +87,15 @@ def _read_record(checkpoint: TensorSource, folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder / RECORD} is not a record that this version reads", fix="use the version that wrote it"
         )
-    for name, row in tree["tensors"].items():
-        if not isinstance(row, dict) or not isinstance(row.get("digest"), str):
-            raise InputError(f"{folder / RECORD} is damaged", where=[f"tensors: {name}"], fix="merge again")
+    damaged = [f"tensors: {n}" for n, row in tree["tensors"].items() if not _has_digest(row)]
+    damaged += [f"files: {n}" for n, row in tree["files"].items() if not isinstance(row, dict)]
+    if damaged:
+        raise InputError(f"{folder / RECORD} is damaged", where=damaged[:5], fix="merge again")
     return tree
+
+
+def _has_digest(row: object) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("digest"), str)
 
 
 def _check_files(checkpoint: TensorSource, tree: dict[str, Any], folder: Path) -> list[SmeltError]:

@@ -41,6 +41,7 @@ __all__ = [
     "Method",
     "MethodInfo",
     "Sum",
+    "Undefined",
     "derive",
     "get",
     "names",
@@ -52,6 +53,12 @@ __all__ = [
 ]
 
 Array = Any
+
+
+class Undefined(ValueError):
+    """A method's word for a tensor whose result is not defined: inputs that cancel. The engine names the tensor."""
+
+
 Scope = Literal["tensor", "column"]
 BaseUse = Literal["none", "optional", "required"]
 
@@ -173,7 +180,10 @@ def reduce(
 
 
 def derive(function: Callable[..., Any]) -> Any:
-    """Mark a function of a method as computed once per tensor, from reductions and earlier derived values."""
+    """Mark a function of a method as computed once per tensor, from reductions and earlier derived values.
+
+    It may raise Undefined (the reason) where the result is not defined; the engine adds the tensor's name.
+    """
     return Derived(function.__name__, function, _arguments(function))
 
 
@@ -182,7 +192,7 @@ def _arguments(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 _REGISTRY: dict[str, MethodInfo] = {}
-_INFRASTRUCTURE = {"api", "fields", "reducers", "stages"}
+_INFRASTRUCTURE = {"api", "fields", "loading", "reducers", "stages"}
 
 M = TypeVar("M", bound=Method)
 
@@ -227,8 +237,8 @@ def register(name: str, *, source: str) -> Callable[[type[M]], type[M]]:
             tile_arguments=tile_arguments,
             models=cls.models,
         )
-        if name in _REGISTRY and _REGISTRY[name].type.__qualname__ != cls.__qualname__:
-            raise TypeError(f"two methods are called {name}")
+        if name in _REGISTRY and _REGISTRY[name].type.__module__ != cls.__module__:
+            raise TypeError(f"there is a method {name} already, in {_REGISTRY[name].type.__module__}")
         _REGISTRY[name] = cls.info
         return cls
 
@@ -264,6 +274,12 @@ def _discover() -> None:
     for module in pkgutil.iter_modules(package.__path__):
         if module.name not in _INFRASTRUCTURE:
             importlib.import_module(f"smelt.methods.{module.name}")
+    importlib.import_module("smelt.methods.loading").load_entry_points()
+
+
+def registered() -> list[MethodInfo]:
+    """What is registered so far, without looking for more."""
+    return list(_REGISTRY.values())
 
 
 def names() -> list[str]:

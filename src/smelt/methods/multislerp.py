@@ -6,7 +6,7 @@ import math
 
 from array_api_compat import array_namespace
 
-from smelt.methods.api import Array, Gram, Method, derive, per_model, reduce, register, required, scalar
+from smelt.methods.api import Array, Gram, Method, Undefined, derive, per_model, reduce, register, required, scalar
 from smelt.methods.stages import divisor, weighted_sum
 
 
@@ -61,7 +61,7 @@ class MultiSlerp(Method):
             return weight
         if length < self.eps:
             if self.n > 2 and bool(xp.any(norms > self.eps)):
-                raise ValueError("the weighted directions of the models cancel: their mean on the sphere is undefined")
+                raise Undefined("the weighted directions of the models cancel: their mean on the sphere is undefined")
             return weight
         return direction * (math.cos(self.eps) / length * float(xp.sum(weight * norms)))
 

@@ -131,3 +131,37 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),
     }
+
+
+def explanation(entry: Entry, plan: Plan) -> str:
+    """How each number of a tensor came about: which setting, at which level, by which case and gradient."""
+    lines = [f"{entry.name}  {list(entry.shape)} {entry.dtype}", f"  {recipe_of(entry, plan)}"]
+    for source in entry.inputs:
+        lines.append(f"  input  {plan.models[source.model].published}  {source.tensor}")
+    if entry.base is not None:
+        lines.append(f"  base   {plan.models[entry.base.model].published}  {entry.base.tensor}")
+    for name, value in entry.values.items():
+        origin = entry.origins.get(name)
+        if isinstance(value, tuple):
+            origins = origin or (None,) * len(value)
+            for source, number, found in zip(entry.inputs, value, origins, strict=True):
+                lines.append(
+                    f"  {name} of {plan.models[source.model].published} = {number_text(number)}  {_origin(found)}"
+                )
+        else:
+            lines.append(f"  {name} = {number_text(value)}  {_origin(origin)}")
+    return "\n".join(lines)
+
+
+def _origin(found: Any) -> str:
+    return "the default" if found is None else str(found)
+
+
+def explanation_json(entry: Entry, plan: Plan) -> dict[str, Any]:
+    """`explanation` for a program."""
+    tree = entry_json(entry, plan)
+    tree["origins"] = {
+        name: [_origin(one) for one in found] if isinstance(found, tuple) else _origin(found)
+        for name, found in entry.origins.items()
+    }
+    return tree

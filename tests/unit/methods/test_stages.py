@@ -94,7 +94,7 @@ def test_election() -> None:
     mean = combine(vectors, column(1, 3), factors=None, elected=True, normalize=True)
     assert mean.tolist() == [2.5, -4, -1, 0, -2]
     negative = combine(vectors, column(1, -1), factors=None, elected=True, normalize=True)
-    assert negative.tolist() == [3, 3, 2, 0, -2], "weights that cancel divide by 1"
+    assert negative.tolist() == [3, 6, 2, 0, -2], "weights that cancel divide by 1"
 
 
 def test_what_is_added_to_the_base_is_rounded_once() -> None:

@@ -1,0 +1,78 @@
+"""The JSON schema of the recipe language, for editors: every key, every method, every parameter with its range."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from smelt.dtypes import OUTPUT_NAMES
+from smelt.methods import api
+from smelt.methods.fields import Field
+from smelt.recipe.schema import Recipe
+
+_ANY = {"type": ["number", "string", "boolean", "array"]}
+
+
+def editor_schema() -> dict[str, Any]:
+    """A JSON schema (draft 2020-12). It is looser than smelt: what depends on models or on a method is not in it."""
+    tree = Recipe.model_json_schema()
+    tree["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    tree["title"] = "smelt recipe"
+    tree["properties"]["merge_method"] = {
+        "description": "How the models are merged.",
+        "oneOf": [{"const": name, "description": api.get(name).summary} for name in api.names()],
+    }
+    for key in ("dtype", "out_dtype"):
+        tree["properties"][key] = {"enum": list(OUTPUT_NAMES), "description": "The type of the output's numbers."}
+    parameters = {"type": ["object", "null"], "properties": _parameters(), "additionalProperties": False}
+    for node in (tree, *tree.get("$defs", {}).values()):
+        if "parameters" in node.get("properties", {}):
+            node["properties"]["parameters"] = parameters
+    return tree
+
+
+def _parameters() -> dict[str, Any]:
+    """Every parameter of every method; where methods share a name, what they all allow."""
+    found: dict[str, list[tuple[str, Field | None, str]]] = {}
+    for method in api.names():
+        info = api.get(method)
+        for name, field in info.fields.items():
+            found.setdefault(name, []).append((method, field, field.doc))
+        for name, reason in info.ignored.items():
+            found.setdefault(name, []).append((method, None, reason))
+    tree = {}
+    for name, uses in sorted(found.items()):
+        methods = ", ".join(dict.fromkeys(method for method, field, _ in uses if field is not None))
+        doc = next((doc for _, field, doc in uses if field is not None), uses[0][2])
+        values = [_value(field) for _, field, _ in uses if field is not None] or [_ANY]
+        plain = [value for i, value in enumerate(values) if value not in values[:i]]
+        one = plain[0] if len(plain) == 1 else {"anyOf": plain}
+        gradient = {"type": "array", "minItems": 1, "items": one}
+        case = {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["value"],
+            "properties": {
+                "filter": {"type": ["string", "null"]},
+                "match": {"type": "string"},
+                "value": {"anyOf": [one, gradient]},
+            },
+        }
+        tree[name] = {
+            "description": f"{doc} ({methods})" if methods else f"accepted without effect: {doc}",
+            "anyOf": [one, gradient, {"type": "array", "minItems": 1, "items": case}],
+        }
+    return tree
+
+
+def _value(field: Field) -> dict[str, Any]:
+    numeric = {"type": "integer" if field.kind == "int" else "number"}
+    value: dict[str, Any] = {"type": "boolean"} if field.kind == "bool" else numeric
+    if field.within is not None:
+        low = "exclusiveMinimum" if field.within.open_low else "minimum"
+        high = "exclusiveMaximum" if field.within.open_high else "maximum"
+        if math.isfinite(field.within.low):
+            value[low] = field.within.low
+        if math.isfinite(field.within.high):
+            value[high] = field.within.high
+    return {"anyOf": [value, {"enum": list(field.words)}]} if field.words else value
