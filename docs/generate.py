@@ -86,7 +86,7 @@ rounded once to float32 and then to the output's type.
 
 def methods_page() -> str:
     """`methods.md`: a table of all methods, and a section on each."""
-    infos = [api.get(name) for name in api.names()]
+    infos = [info for info in map(api.get, api.names()) if info.type.__module__.startswith("smelt.methods.")]
     base = {"none": "no", "optional": "optional", "required": "yes"}
     lines = [_NOTICE, "# Methods", ""]
     lines += [f"{len(infos)} methods. {_METHODS_INTRO}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,6 +48,8 @@ class Prepared:
     models: tuple[Model, ...]
     plan: Plan
     forecast: Forecast
+    method_files: Mapping[str, str]
+    """The sha256 of each method file that the recipe names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,29 +76,31 @@ def prepare(
     workers: int | None = None,
     tile: int | None = None,
     trust_methods: bool = False,
+    weights: bool = True,
 ) -> Iterator[Prepared]:
     """Parse, open and plan; the models are closed when the context ends.
 
-    `recipe` is a path, a mapping or a Recipe. `strict` makes warnings errors. Raises RecipeError or InputError with
-    every problem that was found.
+    `recipe` is a path, a mapping or a Recipe. `strict` makes warnings errors. With `weights` false, no weights are
+    downloaded: the headers of a model on the hub are enough for a plan. Raises RecipeError or InputError with every
+    problem that was found.
     """
     allowed = allowances(allow)
     check_numbers(workers=workers, tile=tile)
     beside = None
     if isinstance(recipe, str | Path):
-        beside = Path(recipe).resolve().parent
+        beside = Path(os.path.realpath(recipe)).parent
         recipe = load(Path(recipe))
     elif not isinstance(recipe, Recipe):
         recipe = from_dict(recipe)
-    _load_methods(recipe, beside or Path.cwd(), trust=trust_methods)
+    method_files = _load_methods(recipe, beside or Path.cwd(), trust=trust_methods)
     check_recipe(recipe)
     with ExitStack() as stack:
-        opened = open_models(recipe.model_names(), beside=beside, stack=stack)
+        opened = open_models(recipe.model_names(), beside=beside, stack=stack, weights=weights)
         plan = build(recipe, opened, allow=allowed, seed=seed)
         models = tuple({id(opened[name.text]): opened[name.text] for name in recipe.model_names()}.values())
         if strict and plan.warnings:
             raise RecipeError(_strictly(len(plan.warnings)), where=list(plan.warnings))
-        yield Prepared(recipe, opened, models, plan, forecast(plan, workers=workers, tile=tile))
+        yield Prepared(recipe, opened, models, plan, forecast(plan, workers=workers, tile=tile), method_files)
 
 
 def allowances(allow: Iterable[str]) -> frozenset[str]:
@@ -124,8 +129,8 @@ def _strictly(count: int) -> str:
     )
 
 
-def _load_methods(recipe: Recipe, folder: Path, *, trust: bool) -> None:
-    """Load the method files that a recipe names: code, so only if the user trusts it."""
+def _load_methods(recipe: Recipe, folder: Path, *, trust: bool) -> dict[str, str]:
+    """Load the method files that a recipe names: code, so only if the user trusts it. Gives the sha256 of each."""
     if recipe.methods and not trust:
         raise RecipeError(
             f"the recipe names a method file, which is code: {', '.join(recipe.methods)}",
@@ -134,6 +139,7 @@ def _load_methods(recipe: Recipe, folder: Path, *, trust: bool) -> None:
         )
     for file in recipe.methods:
         load_file(folder / file)
+    return {file: _sha256(folder / file) for file in recipe.methods}
 
 
 def plan(
@@ -144,7 +150,7 @@ def plan(
     trust_methods: bool = False,
 ) -> Plan:
     """What a merge of this recipe would do, from headers and configs alone. Raises as `merge` does."""
-    with prepare(recipe, allow=allow, seed=seed, trust_methods=trust_methods) as prepared:
+    with prepare(recipe, allow=allow, seed=seed, trust_methods=trust_methods, weights=False) as prepared:
         return prepared.plan
 
 
@@ -186,7 +192,7 @@ def merge(
         check(plan, models, shards)
         sources = [model.source for model in models]
         check_equal(plan, sources)
-        papers = _papers(prepared, name=out.resolve().name)
+        papers = _papers(prepared, name=Path(os.path.realpath(out)).name)
         if on_plan is not None:
             on_plan(prepared)
         with Build.start(out, shards, overwrite=overwrite) as folder:
@@ -225,7 +231,7 @@ def merge(
 
 def _refuse_overlap(out: Path, models: Sequence[Model]) -> None:
     """The output must not be, hold, or lie in a folder (or be a file) that the merge reads."""
-    target = out.expanduser().absolute().resolve()
+    target = Path(os.path.realpath(out))
     for model in models:
         if model.source.root is None:
             continue
@@ -297,13 +303,15 @@ def _write_papers(
             tensors={result.name: result.digest for result in done.tensors},
             nonfinite={r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created},
             companions={file: file_digest(content) for file, content in papers.items()},
+            method_files={published_names(prepared)[file]: sha for file, sha in prepared.method_files.items()},
         ),
     )
 
 
 def published_names(prepared: Prepared) -> dict[str, str]:
-    """The recipe's model names -> the names under which the output's papers speak of them: no local path."""
-    return {text: model.planned.published for text, model in prepared.opened.items()}
+    """The recipe's names -> those under which the output's papers speak of models and files: no local path."""
+    names = {text: model.planned.published for text, model in prepared.opened.items()}
+    return names | {file: re.split(r"[/\\]", file)[-1] for file in prepared.method_files}
 
 
 def _published(texts: Sequence[str], prepared: Prepared) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from smelt.in_memory import merge_state_dicts
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-SETTINGS = settings(deadline=None, max_examples=60)
+SETTINGS = settings(deadline=None, max_examples=40)
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=9)
 NUMBERS = st.integers(-4096, 4096).map(lambda i: i / 1024)
 WEIGHTS = st.integers(-200, 200).map(lambda i: i / 100)

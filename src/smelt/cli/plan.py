@@ -49,7 +49,13 @@ def plan(
         Print the whole plan as JSON.
     """
     with prepare(
-        recipe, allow=allow, strict=strict, seed=seed, workers=threads, trust_methods=trust_methods
+        recipe,
+        allow=allow,
+        strict=strict,
+        seed=seed,
+        workers=threads,
+        trust_methods=trust_methods,
+        weights=False,
     ) as prepared:
         if explain is not None:
             print(_explained(prepared, explain, as_json=as_json))

@@ -91,7 +91,7 @@ class _Crew:
         self._next = 0
         self._results: list[TensorResult | None] = [None] * len(plan.entries)
         self._changed = threading.Condition()
-        self._failure: BaseException | None = None
+        self._failures: dict[int, BaseException] = {}
         self._stop = False
         self.moved = 0
 
@@ -115,8 +115,8 @@ class _Crew:
                 thread.join()
             for tensor in self._open.values():
                 tensor.abandon()
-        if self._failure is not None:
-            raise self._failure
+        if self._failures:  # of several, that of the earliest tensor, whichever thread was quicker
+            raise self._failures[min(self._failures)]
         if progress is not None:
             progress(total, total)
 
@@ -125,6 +125,7 @@ class _Crew:
 
     def _worker(self) -> None:
         scratch = Scratch()
+        index = -1
         try:
             while (taken := self._take()) is not None:
                 index, number, task = taken
@@ -132,7 +133,7 @@ class _Crew:
                 self._done(index, number, moved)
         except BaseException as error:
             with self._changed:
-                self._failure = self._failure or self._placed(error)
+                self._failures.setdefault(index, self._placed(error))
                 self._stop = True
                 self._changed.notify_all()
 

@@ -316,7 +316,7 @@ class TensorRun:
             f"tensor '{entry.name}' would get a NaN or infinity where every model has a number",
             where=[
                 f"first at index {[int(i) for i in place]}, method {entry.method}, written as {entry.dtype}",
-                *(f"input {source.tensor} of model {source.model + 1}" for source in entry.sources),
+                *(f"{self._sources[source.model].name}  {source.tensor}" for source in entry.sources),
             ],
             fix="choose a wider dtype (float32, bfloat16) or smaller weights, or pass --allow nonfinite",
         )
@@ -327,7 +327,7 @@ class TensorRun:
             f"tensor '{entry.name}': {reason}",
             where=[
                 f"method {entry.method}",
-                *(f"input {source.tensor} of model {source.model + 1}" for source in entry.sources),
+                *(f"{self._sources[source.model].name}  {source.tensor}" for source in entry.sources),
             ],
             fix="give this tensor other settings or another method",
         )

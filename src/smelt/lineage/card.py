@@ -23,7 +23,8 @@ def card(plan: Plan, *, name: str, recipe: Mapping[str, Any], donor_card: bytes 
     """The card of the merged model `name`. `recipe` is its canonical form, `donor_card` the donor's card, if any."""
     text = to_yaml(recipe)
     front = ["---", "base_model:"]
-    front += [f"- {_quoted(model.published)}" for model in plan.models]
+    names = dict.fromkeys(model.repository or model.published for model in plan.models)
+    front += [f"- {_quoted(name)}" for name in names]
     front += ["base_model_relation: merge"]
     donor = (donor_card or b"").decode("utf-8-sig", "replace")  # only plain words of it are taken over
     front += [f"{key}: {_quoted(value)}" for key in _LICENCE if (value := _front_value(donor, key))]

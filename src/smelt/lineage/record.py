@@ -34,18 +34,20 @@ def record(
     tensors: Mapping[str, str],
     nonfinite: Mapping[str, int],
     companions: Mapping[str, str],
+    method_files: Mapping[str, str],
 ) -> bytes:
     """The record as JSON.
 
     `inputs` gives each model's weight files, `hashes` the sha256 of a (model, file) where it is known, `tensors` the
     digest of each output tensor, `nonfinite` how many of its numbers are NaN or infinite, `companions` the sha256 of
-    each small file.
+    each small file, `method_files` that of each method file which the recipe names.
     """
     tree = {
         "format": FORMAT,
         "smelt": __version__,
         "recipe": {"digest": plan.recipe_digest, "text": recipe, "seed": plan.seed},
         "method": plan.method,
+        "method_files": dict(method_files),
         "inputs": [
             {
                 "model": model.published,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
     folder = Path(folder)
     if files.kind(folder) != "folder":
         raise InputError(f"there is no folder {folder}", fix="give the output folder of a merge")
-    with open_folder(folder, name=folder.resolve().name) as checkpoint:
+    with open_folder(folder, name=Path(os.path.realpath(folder)).name) as checkpoint:
         tree = _read_record(checkpoint, folder)
         problems = [*_check_files(checkpoint, tree, folder)]
         recorded = tree["tensors"]

@@ -9,6 +9,7 @@ from smelt.dtypes import OUTPUT_NAMES, DType, promote
 from smelt.errors import InputError, RecipeError, SmeltError, raise_all
 from smelt.methods import api
 from smelt.planning.align import Alignment, ExtraTensors, Slot, align
+from smelt.planning.alike import AlikeProblems
 from smelt.planning.anatomy import Role
 from smelt.planning.entries import Action, Entry, Input, Plan
 from smelt.planning.locate import Model
@@ -56,6 +57,7 @@ class _Builder:
         self.notes: list[str] = []
         self._checked: dict[tuple[Any, ...], str | None] = {}
         self._mixed: dict[tuple[str, ...], int] = {}
+        self._alike = AlikeProblems()
 
     def plan(self) -> Plan:
         found, problems = sections(self.recipe, self.info, self.models, self.place)
@@ -68,7 +70,7 @@ class _Builder:
         self.notes.extend(tokens.notes)
         self.warnings.extend(tokens.warnings)
         entries = [entry for slot in alignment.slots if (entry := self._entry(slot)) is not None]
-        raise_all(self.problems)
+        raise_all([*self._alike.errors(), *self.problems])
         self._report(alignment)
         head = self.models[self.donor].anatomy.head or any(entry.part.role is Role.HEAD for entry in entries)
         return Plan(
@@ -100,7 +102,7 @@ class _Builder:
         if len(present) < len(slot.tensors):
             lacking = [slot.section.contributors[i].text for i in range(len(slot.tensors)) if i not in present]
             if "missing_tensor" not in self.allow or not present:
-                self.problems.append(_missing(slot, lacking, [slot.section.contributors[i].text for i in present]))
+                self._alike.missing(slot, lacking, [slot.section.contributors[i].text for i in present])
                 return None
         contributors = [(slot.section.contributors[i], _spec(slot, i)) for i in present]
         if not self._shapes_agree(slot, contributors):
@@ -263,14 +265,7 @@ class _Builder:
                 return None, found
         if not field.is_required:
             return field.default, None
-        of = f" for {model}" if model else ""
-        self.problems.append(
-            RecipeError(
-                f"{self.info.name} needs '{field.name}', and none is set{of}",
-                where=[self.recipe.position("merge_method"), f"first at tensor '{tensor}'"],
-                fix=f"add `{field.name}: …` under parameters, or an entry without filter at the end of its list",
-            )
-        )
+        self._alike.unset(self.info.name, field.name, model, tensor, self.recipe.where("merge_method"))
         return None, None
 
     # --- what does not fit --------------------------------------------------------------------------------------
@@ -278,14 +273,7 @@ class _Builder:
     def _shapes_agree(self, slot: Slot, contributors: Sequence[tuple[Any, TensorSpec]]) -> bool:
         if len({tensor.shape for _, tensor in contributors}) == 1:
             return True
-        where = [f"{'base ' if one.is_base else 'model'} {one.text}  {tensor}" for one, tensor in contributors]
-        rows = slot.part.role in (Role.EMBEDDING, Role.HEAD)
-        fix = (
-            "the vocabularies differ: merge models with the same tokenizer, or drop the model that differs"
-            if rows
-            else "models must have the same sizes: drop the one that differs"
-        )
-        self.problems.append(InputError(f"tensor '{slot.name}' has different shapes", where=where, fix=fix))
+        self._alike.shapes(slot, [(one.text, one.is_base, tensor) for one, tensor in contributors])
         return False
 
     def _too_few(self, inputs: Sequence[Any], slot: Slot) -> bool:
@@ -357,15 +345,6 @@ def _spec(slot: Slot, index: int) -> TensorSpec:
     tensor = slot.tensors[index]
     assert tensor is not None
     return tensor
-
-
-def _missing(slot: Slot, lacking: Sequence[str], having: Sequence[str]) -> InputError:
-    return InputError(
-        f"tensor '{slot.name}' is missing in {', '.join(lacking)}",
-        where=[f"present in {', '.join(having) or 'none of the models'}", slot.section.label],
-        fix="drop the model that lacks it, or merge it from those that have it with `allow: [missing_tensor]` "
-        "(--allow missing_tensor)",
-    )
 
 
 def output_dtype(plan: Plan) -> DType | None:

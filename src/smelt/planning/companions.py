@@ -104,8 +104,8 @@ def _patch_code(config: dict[str, Any], plan: Plan) -> None:
     for key, value in mapped.items():
         if isinstance(value, str) and "--" in value:
             named[key] = value
-        elif isinstance(value, str) and donor.commit is not None:
-            named[key] = f"{donor.published}--{value}"
+        elif isinstance(value, str) and donor.repository is not None:
+            named[key] = f"{donor.repository}--{value}"
     config["auto_map"] = named
     if not named:
         del config["auto_map"]

@@ -70,12 +70,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """A model of the plan: as the recipe names it, as the output's papers name it, and where it was found."""
+    """A model of the plan: as the recipe names it, as the output's papers name it, and where it was found.
+
+    A local folder is published by its name alone, a hub model as `org/name` or `org/name@revision`; `repository` is the
+    hub's name for it, `commit` what the revision meant.
+    """
 
     ref: ModelRef
     published: str
     place: str
     commit: str | None = None
+    repository: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,9 @@ from smelt.planning.entries import PlannedModel
 from smelt.recipe.references import ModelName, resolve_name
 from smelt.specs import ModelRef
 from smelt.storage.checkpoint import TensorSource
-from smelt.storage.sources.hub import resolve
+from smelt.storage.sources.hub import HubFolder, resolve
 from smelt.storage.sources.local import open_folder
+from smelt.storage.sources.remote import open_remote
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -38,10 +39,13 @@ class Model:
         return self.planned.published
 
 
-def open_models(names: Iterable[ModelName], *, beside: Path | None, stack: ExitStack) -> dict[str, Model]:
+def open_models(
+    names: Iterable[ModelName], *, beside: Path | None, stack: ExitStack, weights: bool = True
+) -> dict[str, Model]:
     """Open every model of a recipe; `beside` is the recipe's folder. All that cannot be opened is told at once.
 
-    Two names that lead to the same folder give the same Model. The checkpoints are closed with `stack`.
+    Two names that lead to the same folder give the same Model. The checkpoints are closed with `stack`. With `weights`
+    false, no weights are downloaded: of a model that the hub cache does not hold completely, tensors cannot be read.
     """
     models: dict[str, Model] = {}
     by_place: dict[tuple[str, str | None], Model] = {}
@@ -50,16 +54,19 @@ def open_models(names: Iterable[ModelName], *, beside: Path | None, stack: ExitS
     for name in names:
         try:
             ref = resolve_name(name, folders=_roots(beside))
-            place, published, commit = _find(ref, beside)
+            place, published, hub = _find(ref, beside, weights)
+            commit = hub.commit if hub is not None else None
             key = (str(place), commit)
             if key not in by_place:
                 unique = _unique(published, taken)
                 taken.add(unique)
-                source = stack.enter_context(open_folder(place, name=unique))
+                source = _open(place, hub, unique, stack)
                 config = source.json("config.json")
                 parts = anatomy(source.tensors, config)
                 problems.extend(check(parts, config, unique))
-                by_place[key] = Model(PlannedModel(ref, unique, str(place), commit), source, config, parts)
+                repository = published.partition("@")[0] if commit is not None else None
+                planned = PlannedModel(ref, unique, str(place), commit, repository)
+                by_place[key] = Model(planned, source, config, parts)
             models[name.text] = by_place[key]
         except SmeltError as error:
             problems.extend(error.problems)
@@ -72,8 +79,14 @@ def _roots(beside: Path | None) -> list[Path]:
     return list(dict.fromkeys(root for root in (beside, Path.cwd()) if root is not None))
 
 
-def _find(ref: ModelRef, beside: Path | None) -> tuple[Path, str, str | None]:
-    """The folder of a model, the name under which it is published, and its commit if it is the hub's."""
+def _open(place: Path, hub: HubFolder | None, name: str, stack: ExitStack) -> TensorSource:
+    if hub is not None and not hub.complete:
+        return stack.enter_context(open_remote(hub, name=name))
+    return stack.enter_context(open_folder(place, name=name))
+
+
+def _find(ref: ModelRef, beside: Path | None, weights: bool) -> tuple[Path, str, HubFolder | None]:
+    """The folder of a model, the name under which it is published, and what is known of it if it is the hub's."""
     text = ref.path.rstrip("/\\") or ref.path
     local_only = text.startswith((".", "~", "/", "\\")) or Path(text).is_absolute() or ":" in text
     here = Path(text).expanduser()
@@ -85,11 +98,12 @@ def _find(ref: ModelRef, beside: Path | None) -> tuple[Path, str, str | None]:
     if local_only or not _HUB_ID.fullmatch(text):
         raise InputError(f"there is no model at '{ref.text}'", where=_missing(tried), fix=_near_folder(tried))
     try:
-        found = resolve(text, ref.revision)
+        found = resolve(text, ref.revision, weights=weights)
     except InputError as error:
         where = [*error.where, *_missing(tried)]
         raise InputError(error.message, where=where, fix=_near_folder(tried, error.fix)) from error
-    return found.path, found.repo, found.commit
+    published = found.repo if ref.revision is None else f"{found.repo}@{ref.revision}"
+    return found.path, published, found
 
 
 def _missing(tried: list[Path]) -> list[str]:

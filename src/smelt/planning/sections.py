@@ -25,6 +25,12 @@ def sections(
     for block in recipe.blocks():
         base = None if block.base_model is None or info.base == "none" else place[block.base_model.text]
         contributors = _contributors(block, recipe, models, place, base, problems)
+        count = sum(not one.is_base for one in contributors)
+        low, high = info.models
+        if base is not None and not any(one.is_base for one in contributors) and block.is_slice:
+            pass  # told below
+        elif count < low or (high is not None and count > high):
+            problems.append(_wrong_count(block, recipe, info, contributors))
         if base is not None and not any(one.is_base for one in contributors):
             if block.is_slice:
                 problems.append(_unlisted_base(block, recipe, info))
@@ -74,11 +80,21 @@ def _contributors(
     return contributors
 
 
+def _wrong_count(block: Block, recipe: Recipe, info: MethodInfo, contributors: Sequence[Contributor]) -> RecipeError:
+    """The recipe's own check counts names; two names of one folder are found only here."""
+    given = [f"{one.text}{'  (the base)' if one.is_base else ''}" for one in contributors]
+    return RecipeError(
+        f"{info.name} takes {info.arity()}{' besides the base' if info.base != 'none' else ''}",
+        where=[*recipe.where(*block.path), *given],
+        fix="list each model once, under one name",
+    )
+
+
 def _unlisted_base(block: Block, recipe: Recipe, info: MethodInfo) -> RecipeError:
     return RecipeError(
-        f"{block.scopes[0].label} does not list the base model {block.base_model}, which {info.name} needs",
+        f"a slice does not list the base model {block.base_model}, which {info.name} uses",
         where=recipe.where(*block.path),
-        fix="add the base to the sources of the slice, with its layer_range",
+        fix=f"add `- model: {block.base_model}` with its `layer_range` to these sources",
     )
 
 

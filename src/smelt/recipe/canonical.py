@@ -22,7 +22,7 @@ _ESCAPED = re.compile("[\x7f-\xa0\xad\u2028\u2029\ufeff\ufffe\uffff]")
 def canonical(recipe: Recipe, *, rename: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The recipe as plain values: MergeKit's keys in a fixed order, no defaults, every setting in its plain type.
 
-    `rename` maps model names (as `str(name)` gives them) to those to write in their place.
+    `rename` maps model names (as `str(name)` gives them) and paths of method files to what to write in their place.
     """
     return _Writer(rename or {}).recipe(recipe)
 
@@ -65,7 +65,7 @@ class _Writer:
             tokenizer_source=self._vocabulary(recipe.tokenizer_source),
             tokenizer=None if recipe.tokenizer is None else self._tokenizer(recipe.tokenizer),
             chat_template=recipe.chat_template,
-            methods=list(recipe.methods),
+            methods=[self.rename.get(path, path) for path in recipe.methods],
             allow=sorted(set(recipe.allow)),
         )
 

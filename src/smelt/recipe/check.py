@@ -13,8 +13,11 @@ from smelt.recipe.schema import Block, Recipe, Scope
 from smelt.recipe.settings import Setting, scalars
 
 
-def check_parameters(recipe: Recipe) -> list[SmeltError]:
-    """Every problem of a recipe that its method's declaration tells; no model is opened."""
+def check_parameters(recipe: Recipe, *, present_only: bool = False) -> list[SmeltError]:
+    """Every problem of a recipe that its method's declaration tells; no model is opened.
+
+    `present_only` judges what is there and not what is missing: for a recipe with other faults.
+    """
     if recipe.merge_method not in api.names():
         close = nearest(recipe.merge_method, api.names())
         known = f"known methods: {', '.join(api.names())}"
@@ -25,7 +28,16 @@ def check_parameters(recipe: Recipe) -> list[SmeltError]:
                 fix=f"did you mean `{close}`?" if close else known,
             )
         ]
-    return _Check(recipe).problems
+    return _Check(recipe, present_only=present_only).problems
+
+
+def _may_hide_base(block: Block, info: MethodInfo) -> bool:
+    """Whether one of the sources may be the base under another name (an absolute path, a link).
+
+    That is known only when the models are open; the planner counts again.
+    """
+    listed = any(block.is_base(index) for index in range(len(block.sources)))
+    return info.base != "none" and block.base_model is not None and not listed
 
 
 def notes(recipe: Recipe) -> list[str]:
@@ -50,7 +62,7 @@ def notes(recipe: Recipe) -> list[str]:
 
 
 class _Check:
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, present_only: bool) -> None:
         self.recipe = recipe
         self.info: MethodInfo = api.get(recipe.merge_method)
         self.problems: list[SmeltError] = []
@@ -59,7 +71,7 @@ class _Check:
         for scope, of_model in _scopes(recipe):
             for name, setting in scope.parameters.items():
                 self._parameter(name, setting, (*scope.path, name), of_model=of_model)
-        for block in recipe.blocks():
+        for block in () if present_only else recipe.blocks():
             self._models(block)
             self._required(block)
 
@@ -108,15 +120,10 @@ class _Check:
             self._report(
                 f"the base model {block.base_model} is listed twice", (*block.path, bases[1]), "list the base once"
             )
-        if uses_base and block.is_slice and block.base_model is not None and not bases:
-            self._report(
-                f"a slice does not list the base model {block.base_model}, which {info.name} uses",
-                block.path,
-                f"add `- model: {block.base_model}` with its `layer_range` to these sources",
-            )
-            return
         count = len(block.sources) - len(bases)
         low, high = info.models
+        if high is not None and _may_hide_base(block, info):
+            high += 1
         if count < low or (high is not None and count > high):
             besides = " besides the base" if bases or (uses_base and block.base_model is not None) else ""
             self._report(
@@ -132,9 +139,15 @@ class _Check:
                 where: KeyPath = block.path[:-1] if len(block.path) > 1 else ("merge_method",)
                 self._report(f"{self.info.name} needs `{name}`", where, f"add `parameters: {{{name}: ...}}`")
                 continue
-            for index, source in enumerate(block.sources):
-                if name in source.parameters or (self.info.base != "none" and block.is_base(index)):
-                    continue
+            unset = [
+                index
+                for index, source in enumerate(block.sources)
+                if name not in source.parameters and not (self.info.base != "none" and block.is_base(index))
+            ]
+            if len(unset) == 1 and len(block.sources) > 1 and _may_hide_base(block, self.info):
+                continue
+            for index in unset:
+                source = block.sources[index]
                 self._report(
                     f"{self.info.name} needs `{name}` for {source.model}",
                     (*block.path, index),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 
 from smelt.errors import InputError, RecipeError, SmeltError, nearest, raise_all
 from smelt.recipe import problems, yaml
+from smelt.recipe.check import check_parameters
 from smelt.recipe.document import MAX_BYTES, Document, from_plain
 from smelt.recipe.schema import Recipe
 from smelt.storage import files
@@ -50,11 +52,32 @@ def _typed(document: Document, found: list[SmeltError]) -> Recipe:
     try:
         recipe = Recipe.model_validate(document.value)
     except ValidationError as error:
-        raise_all([*found, *problems.in_words(error, document)])
+        raise_all([*found, *problems.in_words(error, document), *_parameter_problems(error, document)])
         raise AssertionError("a ValidationError holds at least one problem") from error
     raise_all([*found, *problems.law_problems(document)])
     recipe._document = document
     return recipe
+
+
+def _parameter_problems(error: ValidationError, document: Document) -> list[SmeltError]:
+    """What is wrong with the parameters of a recipe whose only other faults are unknown keys."""
+    if not isinstance(document.value, dict) or document.value.get("methods"):
+        return []  # a method of one's own is not known before its file is loaded
+    tree = copy.deepcopy(document.value)
+    for detail in error.errors(include_url=False):
+        if detail["type"] != "extra_forbidden":
+            return []
+        *outer, key = detail["loc"]
+        node = tree
+        for part in outer:
+            node = node[part]
+        node.pop(key, None)
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError:
+        return []
+    recipe._document = document
+    return check_parameters(recipe, present_only=True)
 
 
 def _not_a_file(name: str, kind: str | None) -> RecipeError:

@@ -224,6 +224,13 @@ def _laws(tree: Any) -> Iterator[Fault]:
                 yield from _token(source, ("tokenizer", "tokens", token, "source"))
 
 
+def _is_range(chosen: Any) -> bool:
+    """Whether it is a layer range with layers in it; others are reported as such, and not counted."""
+    return (
+        isinstance(chosen, list) and len(chosen) == 2 and all(type(n) is int for n in chosen) and chosen[0] < chosen[1]
+    )
+
+
 def _parts(level: dict[str, Any], path: KeyPath) -> Iterator[Fault]:
     yield from _parameters(level, path)
     for index, source in _entries(level.get("models")):
@@ -239,7 +246,7 @@ def _parts(level: dict[str, Any], path: KeyPath) -> Iterator[Fault]:
         for place, source in _entries(part.get("sources")):
             yield from _parameters(source, (*at, "sources", place))
             chosen = source.get("layer_range")
-            if isinstance(chosen, list) and len(chosen) == 2 and all(type(layer) is int for layer in chosen):
+            if _is_range(chosen):
                 lengths.setdefault(chosen[1] - chosen[0], chosen)
                 if len(lengths) == 2:
                     (first, one), (second, other) = lengths.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,11 @@ class ModelName:
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def key(self) -> str:
+        """The same for names that differ in spelling alone: `./models/a/` and `models/a`."""
+        return self.text if "://" in self.text or not self.text.strip("/") else posixpath.normpath(self.text)
 
     @property
     def is_one_line(self) -> bool:

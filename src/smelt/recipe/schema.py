@@ -192,7 +192,7 @@ class Block:
 
     def is_base(self, index: int) -> bool:
         """Whether a source is the base model."""
-        return self.base_model is not None and self.sources[index].model.text == self.base_model.text
+        return self.base_model is not None and self.sources[index].model.key == self.base_model.key
 
     def source_scope(self, index: int) -> Scope:
         """The level of one source: the first to be asked for per-model settings."""

@@ -11,7 +11,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import xxhash
 
@@ -20,7 +20,7 @@ from smelt.dtypes import DType
 from smelt.errors import InputError
 from smelt.specs import TensorSpec
 from smelt.storage import strict_json
-from smelt.storage.files import ReadFile, size_text
+from smelt.storage.files import Buffer, size_text
 
 MAX_LENGTH = 100_000_000
 """Longest header in bytes, the limit of the safetensors format."""
@@ -46,7 +46,17 @@ class Header:
     digest: str
 
 
-def read(file: ReadFile, name: str) -> Header:
+class Ranges(Protocol):
+    """A file of `size` bytes of which any range can be read, on this machine or another."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read_into(self, offset: int, buffer: Buffer) -> None:
+        """Fill the whole writable `buffer` from byte `offset`."""
+
+
+def read(file: Ranges, name: str) -> Header:
     """Read and check the header of a safetensors file; `name` is what errors and specs call it.
 
     Raises InputError naming the file, and the tensor if it is one tensor's fault.

@@ -35,6 +35,8 @@ ALLOW = (
 """What a merge needs of a repository: weights, their index, configs, tokenizer, chat template, licence, card."""
 IGNORE = ("*/*", "consolidated*.safetensors", "*.bin.index.json")
 """Left out: every subfolder (onnx/, original/, ...) and second copies of the weights."""
+WEIGHTS = ("*.safetensors",)
+"""What `resolve` leaves out as well when it is asked for no weights."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPO = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
@@ -44,18 +46,20 @@ _OPTIONAL = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*")
 
 @dataclass(frozen=True, slots=True)
 class HubFolder:
-    """A snapshot of a repository on this machine: its folder, and the commit that it is."""
+    """A snapshot of a repository on this machine: its folder, the commit that it is, whether its weights are there."""
 
     path: Path
     repo: str
     commit: str
+    complete: bool = True
 
 
-def resolve(repo: str, revision: str | None, *, download: bool = True) -> HubFolder:
+def resolve(repo: str, revision: str | None, *, download: bool = True, weights: bool = True) -> HubFolder:
     """Find a repository's snapshot in the hub cache, or download it.
 
     `revision` is a branch, a tag or a commit (default: main). With `download` false, or in offline mode, no connection
-    is opened. Raises InputError with the way out: not found, gated, no such revision, offline, incomplete.
+    is opened. With `weights` false only the small files are downloaded, and the snapshot may be incomplete: see
+    `sources.remote`. Raises InputError with the way out: not found, gated, no such revision, offline, incomplete.
     """
     if not _REPO.fullmatch(repo) or "--" in repo or ".." in repo:
         raise InputError(f"{repo!r} is not the name of a model on the hub", fix="write it as org/name")
@@ -75,8 +79,8 @@ def resolve(repo: str, revision: str | None, *, download: bool = True) -> HubFol
             where=[_label(repo, revision), f"cache {cache}"],
             fix="allow downloads, fetch the model beforehand with `hf download`, or give a folder (./name)",
         )
-    path = _download(repo, revision, cache)
-    return HubFolder(path, repo, path.name)
+    path = _download(repo, revision, cache, weights=weights)
+    return HubFolder(path, repo, path.name, complete=weights or not _missing(cache, repo, path.name))
 
 
 def cache_dir() -> Path:
@@ -155,10 +159,9 @@ def _is_needed(name: str) -> bool:
 # --- the download ---------------------------------------------------------------------------------------------------
 
 
-def _download(repo: str, revision: str | None, cache: Path) -> Path:
-    """Let huggingface_hub fetch the snapshot, and say its errors for people."""
+def _download(repo: str, revision: str | None, cache: Path, *, weights: bool) -> Path:
+    """Let huggingface_hub fetch the snapshot."""
     import huggingface_hub
-    from huggingface_hub import errors
 
     try:
         found = huggingface_hub.snapshot_download(
@@ -166,36 +169,42 @@ def _download(repo: str, revision: str | None, cache: Path) -> Path:
             revision=revision,
             cache_dir=cache,
             allow_patterns=list(ALLOW),
-            ignore_patterns=list(IGNORE),
+            ignore_patterns=[*IGNORE, *(() if weights else WEIGHTS)],
         )
-        return Path(found)
-    except errors.GatedRepoError as error:
+    except Exception as error:  # the library's and its network layer's errors have no common base
+        raise failure(error, repo, revision) from error
+    return Path(found)
+
+
+def failure(error: Exception, repo: str, revision: str | None) -> SmeltError:
+    """What huggingface_hub, or the network below it, raised about a repository, said for people."""
+    from huggingface_hub import errors
+
+    where = [_label(repo, revision)]
+    if isinstance(error, errors.GatedRepoError):
         what = "the model is gated: its owner must grant access"
         fix = f"ask for access on https://huggingface.co/{repo}, then log in with `hf auth login`"
-        cause: Exception = error
-    except errors.RepositoryNotFoundError as error:
+    elif isinstance(error, errors.RepositoryNotFoundError):
         what = "there is no such model on the hub, or it is private"
         fix = f"check the name; log in with `hf auth login` if it is private; write ./{repo} for a folder"
-        cause = error
-    except errors.RevisionNotFoundError as error:
+    elif isinstance(error, errors.RevisionNotFoundError):
         what, fix = f"the model has no revision {revision!r}", "name a branch, a tag or a commit of it"
-        cause = error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+    elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled) or _is_network(error):
         what = "the hub cannot be reached, and the model is not completely in the cache"
         fix = "check the connection, or give a folder (./name)"
-        cause = error
-    except Exception as error:  # the library's and its network layer's errors have no common base
-        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-            raise StorageError(
-                f"the download cannot be stored: {error.strerror}", where=[_label(repo, revision), str(cache)]
-            ) from error
+    elif isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        what = f"the download cannot be stored: {error.strerror}"
+        return StorageError(what, where=[*where, str(cache_dir())])
+    else:
         first = str(error).strip().splitlines() or [type(error).__name__]
-        what, fix = (
-            f"the download failed: {first[0][:300]}",
-            "try again; finished files are kept in the cache",
-        )
-        cause = error
-    raise InputError(what, where=[_label(repo, revision)], fix=fix) from cause
+        what = f"the download failed: {first[0][:300]}"
+        fix = "try again; finished files are kept in the cache"
+    return InputError(what, where=where, fix=fix)
+
+
+def _is_network(error: Exception) -> bool:
+    """Whether no answer came. By name: the network library below huggingface_hub changes from release to release."""
+    return any(kind.__name__ in {"NetworkError", "TimeoutException", "ProxyError"} for kind in type(error).__mro__)
 
 
 def _label(repo: str, revision: str | None) -> str:
