@@ -5,7 +5,8 @@
 
 `methods.md` comes from the declarations of the methods, `commands.md` from the help texts. In the other pages, every
 command in a ```console block is run again and its output put in its place. The commands of a page run in a folder that
-holds the models of `tests/golden/data` and those recipes of the page that begin with a comment `# NAME.yml`.
+holds the models of `tests/golden/data` and those recipes and Python files of the page that begin with a comment
+`# NAME.yml` or `# NAME.py`.
 """
 
 from __future__ import annotations
@@ -62,9 +63,9 @@ def blocks(page: str, language: str) -> Iterator[Block]:
             yield Block(found[1], found[2], found[3], found.start(3), found.end(3))
 
 
-def recipe_name(block: Block) -> str | None:
-    """The file name that a recipe gives itself in its first line: `# ties.yml`."""
-    found = re.match(r"# ([\w.-]+\.yml)\n", block.text)
+def file_name(block: Block) -> str | None:
+    """The file name that a block gives itself in its first line: `# ties.yml`."""
+    found = re.match(r"# ([\w.-]+\.(?:yml|py))\n", block.text)
     return found[1] if found else None
 
 
@@ -171,10 +172,10 @@ def refreshed(page: str) -> str:
 
 
 def prepare(page: str, folder: Path) -> None:
-    """Fill the folder in which a page's commands run: the models, and the recipes that the page names."""
+    """Fill the folder in which a page's commands run: the models, and the recipes and files that the page names."""
     shutil.copytree(DATA / "models", folder / "models")
-    for block in blocks(page, "yaml"):
-        if (name := recipe_name(block)) is not None:
+    for block in (*blocks(page, "yaml"), *blocks(page, "python")):
+        if (name := file_name(block)) is not None:
             (folder / name).write_text(block.text, encoding="utf-8")
 
 
@@ -191,7 +192,8 @@ def _session(text: str, folder: Path) -> str:
 
 
 def _run(command: str, folder: Path) -> str:
-    if command.startswith("smelt ") and not re.search(r"[|;<>&$\\`]", command):
+    foreign = "--trust-methods" in command  # a method that is loaded stays known in this process
+    if command.startswith("smelt ") and not foreign and not re.search(r"[|;<>&$\\`]", command):
         return _smelt(shlex.split(command)[1:], folder)
     environment = {**os.environ, **_environment(folder)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
@@ -225,6 +227,7 @@ def _environment(folder: Path) -> dict[str, str]:
     return {
         "COLUMNS": "80",
         "NO_COLOR": "1",
+        "FORCE_COLOR": "",
         "TERM": "dumb",
         "LC_ALL": "C.UTF-8",
         "PYTHONUNBUFFERED": "1",

@@ -48,7 +48,7 @@ def merge_state_dicts(
             raise RecipeError(f"{name} must be at least 1, not {number}", fix="leave it out for the default")
     if not models:
         raise RecipeError("there is no model to merge", fix="give at least one state dict")
-    names = [f"model {i + 1}" for i in range(len(models))]
+    names = [f"#{i + 1}" for i in range(len(models))]
     recipe = from_dict(_recipe(names, method, base is not None, dtype, parameters) | {"allow": list(allow)})
     check_recipe(recipe)
     given = dict(zip(names, models, strict=True))

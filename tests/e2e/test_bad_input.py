@@ -129,7 +129,9 @@ def test_recipes_with_one_mistake(folder: Path, name: str) -> None:
 def test_all_mistakes_of_a_recipe_are_told_at_once(folder: Path) -> None:
     text = "merge_method: ties\nbase_model: m0\nmodels:\n  - model: m1\n    parameters: {weihgt: 1, lambda: 7}\n"
     text += "  - model: m1\n    parameters: {weight: x}\nparameters: {normalise: true}\n"
-    err = refused(folder, text, code=USAGE, says=["`weihgt`", "`lambda` is method-wide", "`weight`", "`normalise`"], problems=4)
+    err = refused(
+        folder, text, code=USAGE, says=["`weihgt`", "`lambda` is method-wide", "`weight`", "`normalise`"], problems=4
+    )
     places = [line.split("recipe.yml:")[1] for line in err.splitlines() if "recipe.yml:" in line]
     assert [int(place.split(":")[0]) for place in places] == [5, 5, 7, 8]
 

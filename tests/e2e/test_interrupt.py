@@ -102,8 +102,9 @@ def test_impatience_leaves_nothing_either(models: Path, place: Path, pause: floa
             running.send_signal(number)
         time.sleep(pause)
     _, err = running.communicate(timeout=60)
-    assert running.returncode == 130, err
-    assert "Traceback" not in err
+    assert running.returncode in (130, 143), err  # which of several signals is handled first is not ours to say
+    assert "Traceback" not in err, err
+    assert err.count("nothing was left behind") == 1
     assert snapshot(place) == {}
 
 
@@ -164,8 +165,10 @@ def test_signals_that_the_shell_ignores_stay_ignored(models: Path, place: Path) 
     path = recipe(place / "recipe.yml", factory.linear(*small))
     words = command("merge", path, place / "out", "-q")
     running = subprocess.Popen(
-        ["/bin/sh", "-c", 'trap "" HUP INT; exec "$@"', "sh", *words], stderr=subprocess.PIPE, text=True
+        ["/bin/sh", "-c", 'trap "" HUP INT; echo ready >&2; exec "$@"', "sh", *words], stderr=subprocess.PIPE, text=True
     )
+    assert running.stderr is not None
+    assert running.stderr.readline() == "ready\n"
     for _ in range(50):
         if running.poll() is None:
             running.send_signal(signal.SIGHUP)

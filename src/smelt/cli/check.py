@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from smelt.cli.options import Allow, Flag, Json
-from smelt.cli.show import count_text, size_text
+from smelt.cli.show import count_text, size_text, visible
 from smelt.merging import prepare
 
 
@@ -41,9 +41,9 @@ def check(
             print(json.dumps({**tree, "notes": list(plan.notes), "warnings": list(plan.warnings)}, indent=1))
             return 0
         for note in plan.notes:
-            print(f"note: {note}")
+            print(visible(f"note: {note}"))
         for warning in plan.warnings:
-            print(f"warning: {warning}")
+            print(visible(f"warning: {warning}"))
         print(
             f"{recipe}: sound. {plan.method} of {len(plan.models)} models, {len(plan.entries)} tensors, "
             f"{count_text(plan.parameters)} parameters, {size_text(plan.output_bytes)} to write"

@@ -45,6 +45,9 @@ def count_text(count: float) -> str:
 
 def parse_size(text: str) -> int:
     """Bytes of a text such as `5GB`, `500 MB`, `2GiB` or `1000000`. Raises RecipeError."""
+    if re.fullmatch(r"\s*\d+(\.\d+)?\s*B\s*", text):
+        fix = "MergeKit reads 5B as 5 billion numbers: write 10GB for these in 16 bits"
+        raise RecipeError(f"'{text}' may mean bytes or billions", fix=fix)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
     if found is None or found[2].lower() not in _UNITS or float(found[1]) <= 0:
         raise RecipeError(f"'{text}' is not a size", fix="write it like 5GB, 500MB or 2GiB")

@@ -12,6 +12,7 @@ from smelt.planning.align import Alignment, ExtraTensors, Slot, align
 from smelt.planning.alike import AlikeProblems
 from smelt.planning.anatomy import Role
 from smelt.planning.entries import Action, Entry, Input, Plan
+from smelt.planning.explain import number_text
 from smelt.planning.locate import Model
 from smelt.planning.sections import sections
 from smelt.planning.tokens import choose_tokens
@@ -150,7 +151,7 @@ class _Builder:
                         where=[
                             self.recipe.position("merge_method"),
                             f"first at tensor '{entry.name}'",
-                            *(f"{name}: {value}" for name, value in entry.values.items()),
+                            *(f"{name}: {number_text(value)}" for name, value in entry.values.items()),
                         ],
                         fix="change these settings",
                     )

@@ -9,7 +9,8 @@ from smelt.methods import api
 from smelt.methods.api import MethodInfo
 from smelt.recipe.document import KeyPath, visible
 from smelt.recipe.faults import describe
-from smelt.recipe.schema import Block, Recipe, Scope
+from smelt.recipe.references import windows_path_fix
+from smelt.recipe.schema import Block, ModelName, Recipe, Scope
 from smelt.recipe.settings import Setting, scalars
 
 
@@ -18,17 +19,38 @@ def check_parameters(recipe: Recipe, *, present_only: bool = False) -> list[Smel
 
     `present_only` judges what is there and not what is missing: for a recipe with other faults.
     """
+    problems = _foreign_paths(recipe)
     if recipe.merge_method not in api.names():
-        close = nearest(recipe.merge_method, api.names())
-        known = f"known methods: {', '.join(api.names())}"
-        return [
-            RecipeError(
-                f"unknown merge_method '{visible(recipe.merge_method)}'",
-                where=recipe.where("merge_method", value=True),
-                fix=f"did you mean `{close}`?" if close else known,
-            )
-        ]
-    return _Check(recipe, present_only=present_only).problems
+        unknown = f"unknown merge_method '{visible(recipe.merge_method)}'"
+        where = recipe.where("merge_method", value=True)
+        return [*problems, RecipeError(unknown, where=where, fix=_near_methods(recipe.merge_method))]
+    return [*problems, *_Check(recipe, present_only=present_only).problems]
+
+
+def _near_methods(name: str) -> str:
+    """What to write instead of a method that there is not: all of its family, the nearest one, or the list."""
+    known = api.names()
+    family = [one for one in known if one.startswith(f"{name.lower()}_")]
+    close = nearest(name, known)
+    if len(family) > 1:
+        return f"did you mean {' or '.join(f'`{one}`' for one in family)}?"
+    return f"did you mean `{close}`?" if close else f"known methods: {', '.join(known)}"
+
+
+def _foreign_paths(recipe: Recipe) -> list[SmeltError]:
+    """Models whose names are paths of Windows, on a system that has other paths."""
+    names: list[tuple[KeyPath, ModelName | None]] = [(("base_model",), recipe.base_model)]
+    for block in recipe.blocks():
+        if block.is_slice:
+            names.append(((*block.path[:-1], "base_model"), block.base_model))
+        names += [((*block.path, index, "model"), source.model) for index, source in enumerate(block.sources)]
+    problems: list[SmeltError] = []
+    for path, name in names:
+        fix = None if name is None else windows_path_fix(name.text)
+        if name is not None and fix is not None:
+            message = f"'{visible(name.text)}' is a path of Windows, and this system has none of these"
+            problems.append(RecipeError(message, where=recipe.where(*path, value=True), fix=fix))
+    return problems
 
 
 def _may_hide_base(block: Block, info: MethodInfo) -> bool:
@@ -95,17 +117,20 @@ class _Check:
                 field.check(value)
             except (ValueError, OverflowError) as error:
                 given = "" if "not " in str(error) else f", not {describe(value)}"
-                self._report(f"`{name}` {error}{given}", place_, value=True)
+                self._report(f"`{name}` {error}{given}", place_, _as_number(value), value=True)
 
     def _unknown(self, name: str, path: KeyPath) -> None:
         close = nearest(name, self.info.fields)
-        takes = ", ".join(self.info.fields) or "no parameters"
+        takes = f"{self.info.name} takes {', '.join(self.info.fields) or 'no parameters'}"
+        owners = [one for one in api.names() if name in api.get(one).fields]
         if close:
             self.meant.add(close)
+        elif 0 < len(owners) <= 4:
+            takes = f"it belongs to {', '.join(owners)}; {takes}"
         self._report(
             f"{self.info.name} has no parameter `{visible(name)}`",
             path,
-            f"did you mean `{close}`?" if close else f"{self.info.name} takes {takes}",
+            f"did you mean `{close}`?" if close else takes,
         )
 
     def _models(self, block: Block) -> None:
@@ -136,8 +161,7 @@ class _Check:
             if not field.is_required or name in outer or name in self.meant:
                 continue
             if not field.per_model:
-                where: KeyPath = block.path[:-1] if len(block.path) > 1 else ("merge_method",)
-                self._report(f"{self.info.name} needs `{name}`", where, f"add `parameters: {{{name}: ...}}`")
+                self._needed(name, block)
                 continue
             unset = [
                 index
@@ -154,11 +178,32 @@ class _Check:
                     f"add `parameters: {{{name}: ...}}` beside its `model:`, or to the recipe for all models",
                 )
 
+    def _needed(self, name: str, block: Block) -> None:
+        """Report a method-wide parameter that a block lacks; once for the recipe where no block has it."""
+        blocks = [one for one in self.recipe.blocks() if one.is_slice or one.module is not None]
+        somewhere = any(name in scope.parameters for one in blocks for scope in one.scopes)
+        where: KeyPath = block.path[:-1] if somewhere else ("merge_method",)
+        to = f"to {block.scopes[0].label}, or to the recipe" if somewhere else "to the recipe"
+        self._report(f"{self.info.name} needs `{name}`", where, f"add `parameters: {{{name}: ...}}` {to}")
+
+
+def _as_number(value: object) -> str | None:
+    """`write 0.5` for what people write when they mean it: 50 %, 0,5."""
+    text = value.strip() if isinstance(value, str) else ""
+    try:
+        if text.endswith("%"):
+            return f"write {float(text[:-1]) / 100:g}"
+        return f"write {float(text.replace(',', '.', 1)):g}" if "," in text else None
+    except ValueError:
+        return None
+
 
 def _arity_fix(info: MethodInfo, block: Block, count: int) -> str | None:
     low, _ = info.models
     if count < low:
         return "add a model" if count else "add models that are not the base"
+    if block.is_slice and info.models == (1, 1) and info.base == "none":
+        return "to stack layers, give each model a slice of its own; to blend them, use another method"
     if info.base == "none" and block.base_model is not None:
         return "remove a model, or use a method that takes more"
     return "remove models, or use a method that takes more (`smelt methods` lists them)"

@@ -22,8 +22,9 @@ def editor_schema() -> dict[str, Any]:
         "description": "How the models are merged.",
         "oneOf": [{"const": name, "description": api.get(name).summary} for name in api.names()],
     }
+    names = [*OUTPUT_NAMES, *(f"torch.{name}" for name in OUTPUT_NAMES)]
     for key in ("dtype", "out_dtype"):
-        tree["properties"][key] = {"enum": list(OUTPUT_NAMES), "description": "The type of the output's numbers."}
+        tree["properties"][key] = {"enum": names, "description": "The type of the output's numbers."}
     parameters = {"type": ["object", "null"], "properties": _parameters(), "additionalProperties": False}
     for node in (tree, *tree.get("$defs", {}).values()):
         if "parameters" in node.get("properties", {}):

@@ -26,6 +26,9 @@ _PLACES: dict[type[BaseModel], str] = {
 }
 _STRUCTURE = frozenset({*Recipe.model_fields, *Slice.model_fields, *Source.model_fields} - {"name", "allow", "methods"})
 
+_NAMES_OF_MODELS = ("name", "path", "id", "repo", "repo_id", "model_name", "model_path", "model_id")
+"""What stands in the place of `model:` now and then."""
+
 _TYPES = {
     "string_type": "text",
     "bool_type": "true or false",
@@ -40,6 +43,8 @@ _TYPES = {
 
 def in_words(error: ValidationError, document: Document) -> list[RecipeError]:
     """Each problem that pydantic and the laws found, with its place, in the order of the text."""
+    if other := _other_recipe(document.value):
+        return _placed([other], document)
     found = list(_laws(document.value))
     misplaced = [fault.path for fault in found if fault.path[-2:-1] == ("parameters",)]
     details = error.errors(include_url=False)
@@ -132,21 +137,36 @@ def _unknown_key(path: KeyPath, tree: Any) -> tuple[Fault, str | None]:
     key = str(path[-1])
     message = f"unknown key `{visible(key)}`"
     level = _level(path[:-1])
+    given = _at(tree, path[:-1]) or {}
     known = [name for name in level.model_fields if name != key] if level else []
+    absent = [name for name in known if name not in given]
+    missing = [name for name in absent if level and level.model_fields[name].is_required()]
     own, every = _parameter_names(tree) if "parameters" in known else ([], [])
     if key in every:
         fix = f"it is a parameter of a method: move it under `parameters:`{_here(path)}"
         return Fault(message, path, fix), None
+    if "sources" in missing and key in Source.model_fields:
+        return Fault(message, path, "move it into an entry of `sources:`, a list"), "sources"
+    if "model" in missing and key in _NAMES_OF_MODELS:
+        return Fault(message, path, "did you mean `model`?"), "model"
+    if "model" in missing and isinstance(given[key], dict | None):
+        fix = f"write `- model: {visible(key)}`, and its settings under `parameters:`"
+        return Fault(message, path, fix), "model"
     homes = [place for record, place in _PLACES.items() if key in record.model_fields and record is not level]
     if homes:
         return Fault(message, path, f"move it {' or '.join(homes)}"), None
-    missing = [name for name in known if level and level.model_fields[name].is_required()]
-    missing = [name for name in missing if name not in (_at(tree, path[:-1]) or {})]
-    if close := nearest(key, missing) or nearest(key, known):
+    if close := nearest(key, missing) or nearest(key, absent) or _same_word(key, missing) or _same_word(key, absent):
         return Fault(message, path, f"did you mean `{close}`?"), close
     if close := nearest(key, own) or nearest(key, every):
         return Fault(message, path, f"did you mean `{close}`, under `parameters:`{_here(path)}?"), None
     return Fault(message, path, f"known here: {', '.join(known)}"), None
+
+
+def _same_word(key: str, known: list[str]) -> str | None:
+    """The only known key that shares a word with `key`: `base` means `base_model`."""
+    words = set(key.lower().replace("-", "_").split("_"))
+    found = [name for name in known if words & set(name.split("_"))]
+    return found[0] if len(found) == 1 else None
 
 
 def _is_single(value: Any) -> bool:
@@ -203,6 +223,18 @@ def _parameter_names(tree: Any) -> tuple[list[str], list[str]]:
     return sorted(own), sorted(set().union(*each.values()))
 
 
+def _other_recipe(tree: Any) -> Fault | None:
+    """The refusal of a recipe in another of MergeKit's languages, as a whole: its keys mean nothing here."""
+    if not isinstance(tree, dict) or "merge_method" in tree:
+        return None
+    fix = "a merge of whole models has `merge_method:` and `models:`"
+    if "experts" in tree:
+        return Fault("this recipe builds a mixture of experts, which is not supported yet", ("experts",), fix)
+    if "genome" in tree:
+        return Fault("this recipe searches for a merge, which is not supported yet", ("genome",), fix)
+    return None
+
+
 # --- laws between keys ----------------------------------------------------------------------------------------------
 
 
@@ -251,7 +283,9 @@ def _parts(level: dict[str, Any], path: KeyPath) -> Iterator[Fault]:
                 if len(lengths) == 2:
                     (first, one), (second, other) = lengths.items()
                     message = f"`layer_range` {one} has {first} layers and {other} has {second}, in one slice"
-                    yield Fault(message, (*at, "sources", place, "layer_range"), "give all sources of a slice as many")
+                    yield Fault(
+                        message, (*at, "sources", place, "layer_range"), "give every source of a slice the same number"
+                    )
                     break
 
 

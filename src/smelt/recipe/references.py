@@ -16,6 +16,7 @@ from smelt.specs import ModelRef
 
 _HUB = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _PATH = re.compile(r"\.{1,2}$|\.{1,2}[/\\]|[/\\~]|[A-Za-z]:[/\\]")
+_DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 _KEYS = ("model", "path", "revision", "lora", "override_architecture")
 
 
@@ -106,6 +107,19 @@ def adapter_error(text: str, *, base: str, adapter: str) -> RecipeError:
         f"'{text}' asks for an adapter, and adapters are not supported yet",
         fix=f"merge '{adapter}' into '{base}' first (peft: merge_and_unload, save_pretrained) and name that folder",
     )
+
+
+def windows_path_fix(text: str, *, separator: str = os.sep) -> str | None:
+    r"""What to do about a path of Windows where paths are written otherwise; None where it is none, or all is well.
+
+    >>> windows_path_fix(r".\models\tiny", separator="/")
+    'write ./models/tiny; `/` works on every system'
+    """
+    if separator == "\\":
+        return None
+    if _DRIVE.match(text) or text.startswith("\\\\"):
+        return "name the folder as it is called here, such as /data/models/NAME or ./NAME"
+    return f"write {text.replace(chr(92), '/')}; `/` works on every system" if "\\" in text else None
 
 
 def _exists(text: str, folders: Sequence[Path]) -> bool:

@@ -53,6 +53,7 @@ _LEGACY_PREFIX = "model:"
 
 
 def _read_dtype(name: str) -> str:
+    name = name.removeprefix("torch.")
     if name not in OUTPUT_NAMES:
         close = nearest(name, OUTPUT_NAMES)
         fix = f"did you mean `{close}`?" if close else f"use one of {', '.join(OUTPUT_NAMES)}"
@@ -65,7 +66,8 @@ def _read_layer_range(value: Any) -> tuple[int, int] | None:
         return None
     fix = "write `layer_range: [FIRST, END]`; layer END itself is left out"
     if not isinstance(value, (list, tuple)) or len(value) != 2:
-        refuse([Fault(f"`layer_range` must be two whole numbers, not {describe(value)}", fix=fix)])
+        given = f"a list of {len(value)}" if isinstance(value, (list, tuple)) else describe(value)
+        refuse([Fault(f"`layer_range` must be two whole numbers, not {given}", fix=fix)])
     for index, entry in enumerate(value):
         if isinstance(entry, bool) or not isinstance(entry, int):
             refuse([Fault(f"`layer_range` must be two whole numbers, not {describe(entry)}", (index,), fix)])
@@ -74,7 +76,8 @@ def _read_layer_range(value: Any) -> tuple[int, int] | None:
         refuse([Fault(f"`layer_range` [{first}, {end}] begins before layer 0", fix="count layers from 0")])
     if end <= first:
         what = "is empty" if end == first else "is reversed"
-        refuse([Fault(f"`layer_range` [{first}, {end}] {what}", fix=fix)])
+        close = f"did you mean [{end}, {first}]? Layer {first} itself is left out"
+        refuse([Fault(f"`layer_range` [{first}, {end}] {what}", fix=fix if end == first else close)])
     return first, end
 
 

@@ -104,6 +104,10 @@ def read_boolean(value: Any) -> Any:
 
 def _read(value: Any, faults: list[Fault]) -> Setting | None:
     if isinstance(value, dict):  # MergeKit also takes one case without the list around it
+        if not any(key in _CASE_KEYS or _meant_case_key(key) for key in value):
+            fix = "give each model a value of its own: `parameters:` beside its `model:`"
+            faults.append(Fault("a setting cannot be a mapping from names to values", (), fix))
+            return None
         case = _read_case(value, (), faults)
         return Conditional((case,)) if case else None
     if isinstance(value, (list, tuple)) and any(isinstance(entry, dict) for entry in value):
@@ -119,7 +123,7 @@ def _read_cases(entries: list[Any] | tuple[Any, ...], faults: list[Fault]) -> Se
         return None
     cases = [_read_case(entry, (index,), faults) for index, entry in enumerate(entries)]
     for index, case in enumerate(cases[:-1]):
-        if case is not None and case.is_all:
+        if case is not None and case.is_all and set(entries[index]) <= set(_CASE_KEYS):
             fix = "move it to the end of the list"
             faults.append(Fault("this entry holds for all tensors, so those after it are never used", (index,), fix))
     return Conditional(tuple(case for case in cases if case is not None))
@@ -128,7 +132,7 @@ def _read_cases(entries: list[Any] | tuple[Any, ...], faults: list[Fault]) -> Se
 def _read_case(entry: dict[str, Any], path: KeyPath, faults: list[Fault]) -> Case | None:
     for key in entry:
         if key not in _CASE_KEYS:
-            close = nearest(key, _CASE_KEYS)
+            close = _meant_case_key(key)
             known = f"did you mean `{close}`?" if close else f"known here: {', '.join(_CASE_KEYS)}"
             faults.append(Fault(f"unknown key `{key}`", (*path, key), known))
     conditions: dict[str, Any] = {key: entry[key] for key in ("filter", "match") if entry.get(key) is not None}
@@ -141,11 +145,16 @@ def _read_case(entry: dict[str, Any], path: KeyPath, faults: list[Fault]) -> Cas
     if len(conditions) == 2:
         faults.append(Fault("`filter` and `match` in one entry", (*path, "match"), "use one of the two"))
     if "value" not in entry:
-        if not any(nearest(key, ["value"]) for key in entry if key not in _CASE_KEYS):
+        if not any(_meant_case_key(key) == "value" for key in entry if key not in _CASE_KEYS):
             faults.append(Fault("an entry without `value`", path, "add `value: ...`"))
         return None
     value = _read_value(entry["value"], (*path, "value"), faults)
     return None if value is None else Case(conditions.get("filter"), conditions.get("match"), value)
+
+
+def _meant_case_key(key: str) -> str | None:
+    """The key of a case that is meant by an unknown one; MergeKit's first recipes wrote `pattern`."""
+    return {"pattern": "filter", "glob": "match"}.get(key) or nearest(key, _CASE_KEYS)
 
 
 def _read_value(value: Any, path: KeyPath, faults: list[Fault]) -> Scalar | Gradient | None:

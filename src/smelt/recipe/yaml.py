@@ -120,7 +120,11 @@ def _compose(text: str, builder: _Builder) -> _Node | None:
         if isinstance(event, DocumentStartEvent):
             documents += 1
             if documents > 1:
-                builder.fail("a second document begins here", place, fix="keep one recipe per file")
+                builder.fail(
+                    "a second document begins here",
+                    place,
+                    fix="keep one recipe per file; of a model card, its YAML block alone",
+                )
             if event.version not in (None, (1, 2)):
                 builder.fail("recipes are YAML 1.2", Position(1, 1), fix="remove the %YAML line")
             continue
@@ -235,13 +239,7 @@ class _Builder:
         self.fail(f"the recipe is nested more than {MAX_DEPTH} levels deep", place)
 
     def build(self, node: _Node, path: KeyPath) -> Any:
-        self._built += 1
-        if self._built > MAX_NODES:
-            self.fail(
-                f"the recipe has more than {MAX_NODES:,} values once its aliases are expanded",
-                node.place,
-                fix="write out what the aliases stand for",
-            )
+        self._count(node)
         if len(path) > MAX_DEPTH:
             self.too_deep(node.place)
         self.values[path] = node.place
@@ -255,9 +253,9 @@ class _Builder:
 
     def _mapping(self, node: _Node, path: KeyPath) -> dict[str, Any]:
         entries: dict[str, Any] = {}
-        for key_node, value_node in zip(node.children[::2], node.children[1::2], strict=True):
+        for key_node, value_node, merged in self._pairs(node, 0):
             key = self._key(key_node)
-            if key is None:
+            if key is None or (merged and key in entries):
                 continue
             if key in entries:
                 first = self.positions[(*path, key)]
@@ -274,12 +272,40 @@ class _Builder:
             entries[key] = self.build(value_node, (*path, key))
         return entries
 
+    def _pairs(self, node: _Node, depth: int) -> Iterator[tuple[_Node, _Node, bool]]:
+        """A mapping's keys and values; after its own, as PyYAML has it, those that `<<` takes from other mappings."""
+        if depth > MAX_DEPTH:
+            self.too_deep(node.place)
+        others: list[_Node] = []
+        for key, value in zip(node.children[::2], node.children[1::2], strict=True):
+            if key.plain and key.text == "<<":
+                if value.kind == "sequence":
+                    self._check_tag(value, "seq")
+                others += value.children if value.kind == "sequence" else [value]
+            else:
+                if depth:
+                    self._count(key)
+                yield key, value, depth > 0
+        for other in others:
+            if other.kind != "mapping":
+                self.note("`<<` takes a mapping, or a list of them", other.place, fix="write `<<: *ANCHOR`")
+                continue
+            self._check_tag(other, "map")
+            self._count(other)
+            yield from self._pairs(other, depth + 1)
+
+    def _count(self, node: _Node) -> None:
+        self._built += 1
+        if self._built > MAX_NODES:
+            self.fail(
+                f"the recipe has more than {MAX_NODES:,} values once its aliases are expanded",
+                node.place,
+                fix="write out what the aliases stand for",
+            )
+
     def _key(self, node: _Node) -> str | None:
         if node.kind != "scalar":
             self.note("a key must be text", node.place)
-            return None
-        if node.plain and node.text == "<<":
-            self.note("merge keys (`<<`) are not supported", node.place, fix="write the keys out here")
             return None
         key = self._scalar(node)
         if not isinstance(key, str):

@@ -9,9 +9,11 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from smelt.errors import InputError, SmeltError, StorageError
 from smelt.storage import files, paths, strict_json
@@ -164,16 +166,33 @@ def _download(repo: str, revision: str | None, cache: Path, *, weights: bool) ->
     import huggingface_hub
 
     try:
-        found = huggingface_hub.snapshot_download(
-            repo,
-            revision=revision,
-            cache_dir=cache,
-            allow_patterns=list(ALLOW),
-            ignore_patterns=[*IGNORE, *(() if weights else WEIGHTS)],
-        )
+        with nullcontext() if weights else _no_bars():
+            found = huggingface_hub.snapshot_download(
+                repo,
+                revision=revision,
+                cache_dir=cache,
+                allow_patterns=list(ALLOW),
+                ignore_patterns=[*IGNORE, *(() if weights else WEIGHTS)],
+            )
     except Exception as error:  # the library's and its network layer's errors have no common base
         raise failure(error, repo, revision) from error
     return Path(found)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """No progress bars, unless the environment asks for them: small files take a moment, not an hour."""
+    from huggingface_hub import constants, utils
+
+    settings: Any = utils  # its functions are public, though not exported to type checkers
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or settings.are_progress_bars_disabled():
+        yield
+        return
+    settings.disable_progress_bars()
+    try:
+        yield
+    finally:
+        settings.enable_progress_bars()
 
 
 def failure(error: Exception, repo: str, revision: str | None) -> SmeltError:
