@@ -223,17 +223,19 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "smelt", *(str(word) for word in words)]
 
 
-def process(*words: object, cwd: Path | None = None, umask: int = -1, **environment: str) -> Done:
-    """Run a command in a process of its own, offline."""
+def process(
+    *words: object, cwd: Path | None = None, umask: int = -1, encoding: str = "utf-8", **environment: str
+) -> Done:
+    """Run a command in a process of its own, offline; `encoding` is that of its output."""
     done = subprocess.run(
         command(*words),
         cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": encoding, **environment},
         capture_output=True,
         umask=umask,
         timeout=120,
     )
-    return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
+    return Done(done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding))
 
 
 # --- what is on the disk --------------------------------------------------------------------------------------------

@@ -46,6 +46,8 @@ class Prepared:
     recipe: Recipe
     opened: Mapping[str, Model]
     models: tuple[Model, ...]
+    tokenizer: Model
+    """The model that gives the tokenizer; it need not be one of those that are merged."""
     plan: Plan
     forecast: Forecast
     method_files: Mapping[str, str]
@@ -95,12 +97,15 @@ def prepare(
     method_files = _load_methods(recipe, beside or Path.cwd(), trust=trust_methods)
     check_recipe(recipe)
     with ExitStack() as stack:
-        opened = open_models(recipe.model_names(), beside=beside, stack=stack, weights=weights)
+        opened = open_models(recipe.mentions(), beside=beside, stack=stack, weights=weights)
         plan = build(recipe, opened, allow=allowed, seed=seed)
         models = tuple({id(opened[name.text]): opened[name.text] for name in recipe.model_names()}.values())
         if strict and plan.warnings:
             raise RecipeError(_strictly(len(plan.warnings)), where=list(plan.warnings))
-        yield Prepared(recipe, opened, models, plan, forecast(plan, workers=workers, tile=tile), method_files)
+        tokenizer = next(model for model in opened.values() if model.name == plan.tokenizer)
+        yield Prepared(
+            recipe, opened, models, tokenizer, plan, forecast(plan, workers=workers, tile=tile), method_files
+        )
 
 
 def allowances(allow: Iterable[str]) -> frozenset[str]:
@@ -187,7 +192,7 @@ def merge(
         recipe, allow=allowed, strict=strict, seed=seed, workers=workers, tile=tile, trust_methods=trust_methods
     ) as prepared:
         plan, models = prepared.plan, prepared.models
-        _refuse_overlap(out, models)
+        _refuse_overlap(out, _inputs(recipe, prepared))
         shards = layout([OutputTensor(e.name, e.dtype, e.shape) for e in plan.entries], shard_bytes=shard_bytes)
         check(plan, models, shards)
         sources = [model.source for model in models]
@@ -211,7 +216,7 @@ def merge(
                 for info in source.files
                 if (known := info.blob_sha256 or (_sha256(info.path) if hash_inputs else None))
             }
-            _refuse_changed(models)
+            _refuse_changed(prepared.opened.values())
             nonfinite = {r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created}
             if strict and nonfinite:
                 raise NumericError(_strictly(1), where=_nonfinite_warnings(nonfinite), fix=_REPAIR)
@@ -229,28 +234,34 @@ def merge(
     )
 
 
-def _refuse_overlap(out: Path, models: Sequence[Model]) -> None:
+def _inputs(recipe: object, prepared: Prepared) -> list[Path]:
+    """The folders and files that a merge reads: models, the recipe, method files."""
+    models = dict.fromkeys(model.planned.place for model in prepared.opened.values() if model.source.root is not None)
+    if not isinstance(recipe, str | Path):
+        return [Path(place) for place in models]
+    methods = [os.path.join(os.path.dirname(os.path.realpath(recipe)), file) for file in prepared.method_files]
+    return [Path(os.path.realpath(place)) for place in (*models, recipe, *methods)]
+
+
+def _refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
     """The output must not be, hold, or lie in a folder (or be a file) that the merge reads."""
     target = Path(os.path.realpath(out))
-    for model in models:
-        if model.source.root is None:
-            continue
-        given = Path(model.planned.place).resolve()
+    for given in inputs:
         if target == given or target.is_relative_to(given) or given.is_relative_to(target):
             relation = "is" if target == given else "lies in" if target.is_relative_to(given) else "holds"
             raise StorageError(
                 f"the output folder {relation} an input",
                 where=[f"output {target}", f"input  {given}"],
-                fix="choose an output folder apart from the models: inputs are never touched",
+                fix="choose an output folder apart from models and recipe: inputs are never touched",
             )
 
 
-def _refuse_changed(models: Sequence[Model]) -> None:
-    changed = [f"{model.name}: {name}" for model in models for name in model.source.changed()]
+def _refuse_changed(models: Iterable[Model]) -> None:
+    changed = dict.fromkeys(f"{model.name}: {name}" for model in models for name in model.source.changed())
     if changed:
         raise InputError(
             "input files were changed while they were being read",
-            where=changed,
+            where=list(changed),
             fix="run again, and leave the inputs alone meanwhile",
         )
 
@@ -273,7 +284,7 @@ def _papers(prepared: Prepared, *, name: str) -> dict[str, bytes]:
     They are read before anything is written: a tokenizer that cannot be read must not end a merge at its end.
     """
     plan, models = prepared.plan, prepared.models
-    papers = small_files(plan, models)
+    papers = small_files(plan, models, prepared.tokenizer)
     public = canonical(prepared.recipe, rename=published_names(prepared))
     donor_card = models[plan.donor].source.bytes(CARD)
     papers["mergekit_config.yml"] = to_yaml(public).encode()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -29,7 +30,7 @@ from smelt.storage.sources.local import open_folder
 from smelt.storage.sources.remote import FIRST, RemoteCheckpoint, open_remote
 
 SHAPE = {"layers": 4, "hidden": 96, "vocabulary": 512}
-ONE, TWO, THREE = (f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3))
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 SINGLE = "model.safetensors"
 VOCABULARY = json.dumps({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": []})
 SMALL = {"tokenizer.json": VOCABULARY, "LICENSE": "free", "README.md": "# m\n", "chat_template.jinja": "{{ messages }}"}
@@ -123,20 +124,23 @@ class Hub:
                     return
                 files = hub.repos[repo][commit]
                 if what == "revision":
-                    siblings = [{"rfilename": name} for name in files]
+                    siblings = [self._row(name, content, "rfilename", "sha256") for name, content in files.items()]
+                    if "blobs=true" not in self.path.lower():
+                        siblings = [{"rfilename": row["rfilename"]} for row in siblings]
                     self._json({"id": repo, "modelId": repo, "sha": commit, "siblings": siblings, "tags": []})
                     return
-                recursive = "recursive=true" in self.path.lower()
-                rows: list[dict[str, Any]] = [] if recursive else [{"type": "directory", "path": "onnx", "oid": "0"}]
-                for name, content in files.items():
-                    if "/" in name and not recursive:
-                        continue
-                    row = {"type": "file", "path": name, "oid": hashlib.sha1(content).hexdigest()}
-                    row["size"] = size = hub.sizes.get(name, len(content))
-                    if name.endswith(".safetensors"):
-                        row["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 130}
-                    rows.append(row)
+                rows = [self._row(name, content, "path", "oid") for name, content in files.items()]
+                if "recursive=true" not in self.path.lower():
+                    rows = [row for row in rows if "/" not in row["path"]]
+                    rows.append({"type": "directory", "path": "onnx", "oid": "0"})
                 self._json(rows)
+
+            def _row(self, name: str, content: bytes, path: str, digest: str) -> dict[str, Any]:
+                size = hub.sizes.get(name, len(content))
+                row = {"type": "file", path: name, "oid": hashlib.sha1(content).hexdigest(), "size": size}
+                if name.endswith(".safetensors"):
+                    row["lfs"] = {digest: hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 130}
+                return row
 
             def _file(self, repo: str, revision: str, name: str) -> None:
                 commit = self._commit(repo, revision)
@@ -180,7 +184,8 @@ class Hub:
                 if self.command == "GET":
                     with hub._lock:
                         hub.served[name] += len(content)
-                    self.wfile.write(content)
+                    with contextlib.suppress(ConnectionError):  # the reader may turn away from what it did not ask for
+                        self.wfile.write(content)
 
         return Handler
 
@@ -225,9 +230,9 @@ def home(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def models(hub: Hub, tmp_path: Path) -> list[Path]:
-    """org/one in three shards (branch main and tag v1) and org/two in one file: published, and as local folders."""
+    """org/one in two shards (branch main and tag v1) and org/two in one file: published, and as local folders."""
     folders = []
-    for seed, (repo, shards) in enumerate((("org/one", 3), ("org/two", 1))):
+    for seed, (repo, shards) in enumerate((("org/one", 2), ("org/two", 1))):
         files = {**SMALL, **UNWANTED} if repo == "org/two" else SMALL
         folder = model(
             tmp_path / "local" / repo, llama(seed=seed, **SHAPE), config(**SHAPE), shards=shards, files=files
@@ -307,13 +312,13 @@ def test_a_merge_downloads_once(hub: Hub, home: Path, models: list[Path], tmp_pa
     }
 
     hub.forget()
-    for number, command in enumerate((["plan"], ["merge"])):
-        out = [tmp_path / f"again{number}"] if command == ["merge"] else []
-        assert run(*command, path, *out).code == 0
+    assert run("plan", path).code == 0
+    assert run("merge", path, tmp_path / "again").code == 0
     assert hub.requests == []  # the cache holds all: the hub is not even asked whether the branch has moved
     hub.stop()
-    assert run("merge", path, tmp_path / "offline", HF_HUB_OFFLINE="1").code == 0
-    assert factory.snapshot(tmp_path / "offline") == factory.snapshot(tmp_path / "again1")
+    (tmp_path / "offline").mkdir()
+    assert run("merge", path, tmp_path / "offline" / "out", HF_HUB_OFFLINE="1").code == 0
+    assert factory.snapshot(tmp_path / "offline" / "out") == factory.snapshot(tmp_path / "out")
 
 
 def test_a_long_header_takes_a_second_request(hub: Hub, home: Path, tmp_path: Path) -> None:
@@ -393,7 +398,8 @@ def test_what_the_hub_does_not_have(command: str, hub: Hub, home: Path, models: 
     for name, said in cases.items():
         done = online(command, recipe(tmp_path / "r.yml", linear(name, "org/two")), *out)
         assert done.code == 3, done.text
-        assert done.err.startswith(f"error: {said}\n  {name}\n"), done.err
+        assert done.err.startswith(f"error: {said}\n  {tmp_path / 'r.yml'}:"), done.err
+        assert f"\n  {name}\n" in done.err
         assert done.err.count("error:") == 1
         assert "Traceback" not in done.text
         assert not (tmp_path / "out").exists()
@@ -480,9 +486,9 @@ FOLDERS: dict[str, dict[str, Any]] = {
     "index and single file": {"add": {SINGLE: SOUND}},
     "shards and single file": {"add": {SINGLE: SOUND}, "lose": [factory.INDEX]},
     "the index is no JSON": {"add": {factory.INDEX: b"[" * 100_000}},
-    "only an adapter": {"lose": [ONE, TWO, THREE, factory.INDEX], "add": {"adapter_model.safetensors": SOUND}},
-    "only a pickle": {"lose": [ONE, TWO, THREE, factory.INDEX], "add": {"pytorch_model.bin": b"PK\x03\x04"}},
-    "two files are broken": {"add": {ONE: SOUND[:-1], THREE: b""}},
+    "only an adapter": {"lose": [ONE, TWO, factory.INDEX], "add": {"adapter_model.safetensors": SOUND}},
+    "only a pickle": {"lose": [ONE, TWO, factory.INDEX], "add": {"pytorch_model.bin": b"PK\x03\x04"}},
+    "two files are broken": {"add": {ONE: SOUND[:-1], TWO: b""}},
 }
 
 
@@ -490,7 +496,7 @@ FOLDERS: dict[str, dict[str, Any]] = {
 def test_indexes_are_checked_as_those_of_local_folders(
     change: dict[str, Any], hub: Hub, home: Path, tmp_path: Path
 ) -> None:
-    folder = model(tmp_path / "m", llama(), config(), shards=3)
+    folder = model(tmp_path / "m", llama(), config(), shards=2)
     if "map" in change:
         tree = json.loads((folder / factory.INDEX).read_text())
         tree["weight_map"] |= change["map"]
@@ -549,7 +555,8 @@ def test_an_error_names_the_model_of_the_recipe(hub: Hub, home: Path, models: li
     hub.repos["org/two"][commit][SINGLE] = SOUND[:-1]
     done = online("plan", recipe(tmp_path / "r.yml", linear("org/one", "org/two")))
     assert done.code == 3
-    assert done.err.startswith(f"error: the file is cut off before the end of tensor 'b'\n  org/two: {SINGLE}\n")
+    assert done.err.startswith("error: the file is cut off before the end of tensor 'b'\n")
+    assert f"\n  org/two: {SINGLE}\n" in done.err
 
 
 def test_small_files_are_not_looked_for_outside(hub: Hub, home: Path, models: list[Path]) -> None:

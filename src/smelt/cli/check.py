@@ -34,7 +34,7 @@ def check(
     as_json
         Print the result as JSON.
     """
-    with prepare(recipe, allow=allow, strict=strict, trust_methods=trust_methods) as prepared:
+    with prepare(recipe, allow=allow, strict=strict, trust_methods=trust_methods, weights=False) as prepared:
         plan = prepared.plan
         if as_json:
             tree = {"ok": True, "method": plan.method, "tensors": len(plan.entries), "parameters": plan.parameters}

@@ -45,12 +45,17 @@ class Stopped(BaseException):
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     words = sys.argv[1:] if arguments is None else arguments
+    stop = _Stop()
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
-            signal.signal(number, _stop)
+            signal.signal(number, stop)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends nothing
-    sys.exit(run(words))
+    code = run(words)
+    if stop.stopping:
+        for number in _SIGNALS:  # all is cleaned up: an impatient signal must not change the exit code now
+            signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def run(words: list[str]) -> int:
@@ -83,10 +88,16 @@ def run(words: list[str]) -> int:
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def _stop(number: int, _frame: FrameType | None) -> None:
-    for other in _SIGNALS:  # a second Ctrl-C must not cut short the cleaning up that the first one began
-        signal.signal(other, signal.SIG_IGN)
-    raise Stopped(number)
+class _Stop:
+    """Handles signals: the first one ends the work, the others must not cut short the cleaning up that it began."""
+
+    def __init__(self) -> None:
+        self.stopping = False
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if not self.stopping:
+            self.stopping = True
+            raise Stopped(number)
 
 
 def _commands() -> list[str]:

@@ -66,6 +66,7 @@ def record(
             for index, model in enumerate(plan.models)
         ],
         "donor": plan.models[plan.donor].published,
+        "tokenizer": plan.tokenizer,
         "digest": "XXH3-128 over the XXH3-128 digests of 1 MiB blocks",
         "files": {
             **{

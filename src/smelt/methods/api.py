@@ -151,7 +151,7 @@ class Method:
         return Grain.ELEMENT
 
     def check(self) -> None:
-        """Raise ValueError where the settings, each allowed by itself, make no sense together."""
+        """Raise ValueError(what, fix) where the settings, each allowed by itself, make no sense together."""
 
     def copies(self) -> bool:
         """Whether with these settings the result is the first model's tensor as it is, so that bytes can be copied."""

@@ -68,7 +68,8 @@ def _row_starts(matrix: Array) -> Array:
 def _check(density: Array, epsilon: Array) -> None:
     for share, spread in zip(density.reshape(-1).tolist(), epsilon.reshape(-1).tolist(), strict=True):
         if 0.0 < share < 1.0 and (share - abs(spread) <= 0.0 or share + abs(spread) >= 1.0):
-            raise ValueError(f"density − epsilon and density + epsilon must lie in (0, 1), not {share:g} ∓ {spread:g}")
+            what = f"density − epsilon and density + epsilon must lie in (0, 1), not {share:g} ∓ {spread:g}"
+            raise ValueError(what, "lower epsilon, or move density away from 0 and 1")
 
 
 @register("della", source=_SOURCE)

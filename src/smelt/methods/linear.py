@@ -31,7 +31,8 @@ class Linear(Method):
 
     def check(self) -> None:
         if self.normalize and abs(float(self.weight.sum())) < TINY:
-            raise ValueError("the weights sum to 0, and normalize divides by their sum")
+            what = "the weights sum to 0, and normalize divides by their sum"
+            raise ValueError(what, "set `normalize: false`, or give other weights")
 
     def tile(self, x: Array) -> Array:
         weight = self.weight / self.weight.sum() if self.normalize else self.weight

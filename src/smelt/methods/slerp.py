@@ -49,6 +49,7 @@ class Slerp(Method):
     """
 
     models = (1, 1)
+    ignored = {"embed_slerp": "the embedding is merged as every other tensor is"}  # noqa: RUF012
 
     t: float = scalar(required, doc="place between the base (0) and the model (1)")
 

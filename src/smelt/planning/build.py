@@ -38,6 +38,7 @@ class _Builder:
 
     def __init__(self, recipe: Recipe, opened: Mapping[str, Model], allow: frozenset[str], seed: int) -> None:
         self.recipe = recipe
+        self.opened = opened
         self.allow = allow
         self.seed = seed
         self.info = api.get(recipe.merge_method)
@@ -66,7 +67,7 @@ class _Builder:
         alignment = align(self.recipe, self.models, found, donor=self.donor)
         self._alignment_problems(alignment)
         self._check_quantised()
-        tokens = choose_tokens(self.recipe, self.models, self.place, donor=self.donor, allow=self.allow)
+        tokens = choose_tokens(self.recipe, self.models, self.opened, donor=self.donor, allow=self.allow)
         self.problems.extend(tokens.problems)
         self.notes.extend(tokens.notes)
         self.warnings.extend(tokens.warnings)
@@ -82,7 +83,7 @@ class _Builder:
             entries=tuple(entries),
             recipe_digest=digest(self.recipe, rename={text: self.models[i].name for text, i in self.place.items()}),
             restacked=alignment.restacked,
-            tokenizer_donor=tokens.donor,
+            tokenizer=tokens.giver.name,
             chat_template=tokens.chat_template,
             tied=self._tied(bool(head)),
             ignored=alignment.ignored,
@@ -144,16 +145,17 @@ class _Builder:
             try:
                 method.check()
             except ValueError as error:
-                self._checked[key] = str(error)
+                reason, *fix = error.args
+                self._checked[key] = reason
                 self.problems.append(
                     RecipeError(
-                        f"{self.info.name}: {error}",
+                        f"{self.info.name}: {reason}",
                         where=[
-                            self.recipe.position("merge_method"),
+                            *self.recipe.where("merge_method", value=True),
                             f"first at tensor '{entry.name}'",
                             *(f"{name}: {number_text(value)}" for name, value in entry.values.items()),
                         ],
-                        fix="change these settings",
+                        fix=fix[0] if fix else "change these settings",
                     )
                 )
         if self._checked[key] is not None:

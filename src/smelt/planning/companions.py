@@ -48,9 +48,12 @@ OF_TOKENIZER = (
 """What is taken from the model that gives the tokenizer."""
 
 
-def small_files(plan: Plan, models: Sequence[Model]) -> dict[str, bytes]:
-    """Everything beside the weights that does not speak of the merge itself: name -> content."""
-    donor, tokenizer = models[plan.donor], models[plan.tokenizer_donor]
+def small_files(plan: Plan, models: Sequence[Model], tokenizer: Model) -> dict[str, bytes]:
+    """Everything beside the weights that does not speak of the merge itself: name -> content.
+
+    `tokenizer` is the model that gives the tokenizer's files.
+    """
+    donor = models[plan.donor]
     files: dict[str, bytes] = {}
     config = merged_config(plan, models)
     if config is not None:

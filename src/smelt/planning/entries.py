@@ -87,8 +87,9 @@ class PlannedModel:
 class Plan:
     """What a merge will do.
 
-    `donor` is the place in `models` of the model that gives config and tensor names, `tokenizer_donor` of the one that
-    gives the tokenizer. `restacked` holds, for each stack that slices made anew, the source layer of every layer.
+    `donor` is the place in `models` of the model that gives config and tensor names, `tokenizer` the published name of
+    the one that gives the tokenizer (it need not be merged). `restacked` holds, for each stack that slices made anew,
+    the source layer of every layer.
     """
 
     method: str
@@ -98,7 +99,7 @@ class Plan:
     entries: tuple[Entry, ...]
     recipe_digest: str
     restacked: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    tokenizer_donor: int = 0
+    tokenizer: str = ""
     chat_template: str | None = None
     tied: bool = False
     ignored: Mapping[str, str] = field(default_factory=dict)

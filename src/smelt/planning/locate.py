@@ -7,7 +7,7 @@ that begins with `./`, `../`, `~` or is absolute never means the hub.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +40,15 @@ class Model:
 
 
 def open_models(
-    names: Iterable[ModelName], *, beside: Path | None, stack: ExitStack, weights: bool = True
+    names: Mapping[ModelName, Sequence[str]],
+    *,
+    beside: Path | None,
+    stack: ExitStack,
+    weights: bool = True,
 ) -> dict[str, Model]:
     """Open every model of a recipe; `beside` is the recipe's folder. All that cannot be opened is told at once.
+
+    `names` gives, for each model, where the recipe first mentions it (for messages).
 
     Two names that lead to the same folder give the same Model. The checkpoints are closed with `stack`. With `weights`
     false, no weights are downloaded: of a model that the hub cache does not hold completely, tensors cannot be read.
@@ -51,7 +57,7 @@ def open_models(
     by_place: dict[tuple[str, str | None], Model] = {}
     taken: set[str] = set()
     problems: list[SmeltError] = []
-    for name in names:
+    for name, mention in names.items():
         try:
             ref = resolve_name(name, folders=_roots(beside))
             place, published, hub = _find(ref, beside, weights)
@@ -63,15 +69,20 @@ def open_models(
                 source = _open(place, hub, unique, stack)
                 config = source.json("config.json")
                 parts = anatomy(source.tensors, config)
-                problems.extend(check(parts, config, unique))
+                problems.extend(_at(mention, problem) for problem in check(parts, config, unique))
                 repository = published.partition("@")[0] if commit is not None else None
                 planned = PlannedModel(ref, unique, str(place), commit, repository)
                 by_place[key] = Model(planned, source, config, parts)
             models[name.text] = by_place[key]
         except SmeltError as error:
-            problems.extend(error.problems)
+            problems.extend(_at(mention, problem) for problem in error.problems)
     raise_all(problems)
     return models
+
+
+def _at(mention: Sequence[str], problem: SmeltError) -> SmeltError:
+    """The problem, with the place in the recipe that names the model."""
+    return type(problem)(problem.message, where=[*mention, *problem.where], fix=problem.fix)
 
 
 def _roots(beside: Path | None) -> list[Path]:

@@ -70,5 +70,5 @@ def find_part(word: str, parts: Iterable[str], *, main: str | None) -> str | Non
 def near_part(word: str, parts: Iterable[str]) -> str:
     """What to write instead of a part that there is not."""
     known = sorted(set(parts))
-    close = nearest(word, known)
+    close = nearest(word, [*known, *_ALIASES])
     return f"did you mean `{close}`?" if close else f"the parts are {', '.join(known)}"

@@ -17,9 +17,9 @@ _NOT_YET = "building a vocabulary for the merged model is not supported yet"
 
 @dataclass(slots=True)
 class Tokens:
-    """The choice: `donor` gives the tokenizer's files, `chat_template` replaces theirs unless it is None."""
+    """The choice: `giver` gives the tokenizer's files, `chat_template` replaces theirs unless it is None."""
 
-    donor: int
+    giver: Model
     chat_template: str | None = None
     problems: list[SmeltError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -27,47 +27,43 @@ class Tokens:
 
 
 def choose_tokens(
-    recipe: Recipe, models: Sequence[Model], place: Mapping[str, int], *, donor: int, allow: frozenset[str]
+    recipe: Recipe, models: Sequence[Model], opened: Mapping[str, Model], *, donor: int, allow: frozenset[str]
 ) -> Tokens:
-    """Decide, and compare every model's vocabulary with the one that the output gets."""
-    chosen = Tokens(donor)
+    """Decide, and compare the vocabulary of every one of `models` with the one that the output gets.
+
+    `opened` has every model by its name in the recipe, one that only gives the tokenizer too.
+    """
+    chosen = Tokens(models[donor])
     asked = recipe.vocabulary
     if asked is not None:
-        _asked(recipe, asked, models, place, chosen)
+        _asked(recipe, asked, opened, chosen)
     _compare(recipe, asked, models, chosen, allow)
     _chat_template(recipe, models, chosen)
     return chosen
 
 
-def _asked(recipe: Recipe, asked: Tokenizer, models: Sequence[Model], place: Mapping[str, int], chosen: Tokens) -> None:
+def _asked(recipe: Recipe, asked: Tokenizer, opened: Mapping[str, Model], chosen: Tokens) -> None:
     key = "tokenizer_source" if recipe.tokenizer_source is not None else "tokenizer"
-    if asked.source == "base":
-        if recipe.base_model is None:
-            fix = "set base_model, or name a model"
-            chosen.problems.append(
-                RecipeError(f"`{key}` asks for the base, and there is none", where=recipe.where(key), fix=fix)
+    if isinstance(asked.source, ModelName):
+        chosen.giver = opened[asked.source.text]
+    elif asked.source == "base" and recipe.base_model is not None:
+        chosen.giver = opened[recipe.base_model.text]
+    elif asked.source == "base":
+        chosen.problems.append(
+            RecipeError(
+                f"`{key}` asks for the base, and there is none",
+                where=recipe.where(key),
+                fix="set base_model, or name a model",
             )
-        else:
-            chosen.donor = place[recipe.base_model.text]
-    elif isinstance(asked.source, ModelName):
-        if asked.source.text in place:
-            chosen.donor = place[asked.source.text]
-        else:
-            close = nearest(asked.source.text, place)
-            fix = f"did you mean `{close}`?" if close else f"name one of {', '.join(place)}"
-            chosen.problems.append(
-                RecipeError(
-                    f"`{key}` names a model that is not merged: {asked.source}", where=recipe.where(key), fix=fix
-                )
-            )
+        )
     if asked.tokens:
         fix = "leave `tokens` out: without it each token's row is merged as the method says"
         chosen.problems.append(
             RecipeError(f"`tokenizer.tokens`: {_NOT_YET}", where=recipe.where("tokenizer", "tokens"), fix=fix)
         )
     multiple = asked.pad_to_multiple_of
-    name = models[chosen.donor].anatomy.embedding
-    rows = models[chosen.donor].source.tensors[name].shape[0] if name is not None else 0
+    name = chosen.giver.anatomy.embedding
+    rows = chosen.giver.source.tensors[name].shape[0] if name is not None else 0
     if multiple is not None and rows % multiple:
         chosen.problems.append(
             RecipeError(
@@ -81,7 +77,7 @@ def _asked(recipe: Recipe, asked: Tokenizer, models: Sequence[Model], place: Map
 def _compare(
     recipe: Recipe, asked: Tokenizer | None, models: Sequence[Model], chosen: Tokens, allow: frozenset[str]
 ) -> None:
-    keeper = models[chosen.donor]
+    keeper = chosen.giver
     mine = read(keeper.source)
     if mine is None:
         if asked is not None:

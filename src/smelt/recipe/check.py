@@ -48,7 +48,7 @@ def _foreign_paths(recipe: Recipe) -> list[SmeltError]:
     for path, name in names:
         fix = None if name is None else windows_path_fix(name.text)
         if name is not None and fix is not None:
-            message = f"'{visible(name.text)}' is a path of Windows, and this system has none of these"
+            message = f"'{visible(name.text)}' is a Windows path, and this is not Windows"
             problems.append(RecipeError(message, where=recipe.where(*path, value=True), fix=fix))
     return problems
 

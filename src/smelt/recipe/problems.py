@@ -284,7 +284,9 @@ def _parts(level: dict[str, Any], path: KeyPath) -> Iterator[Fault]:
                     (first, one), (second, other) = lengths.items()
                     message = f"`layer_range` {one} has {first} layers and {other} has {second}, in one slice"
                     yield Fault(
-                        message, (*at, "sources", place, "layer_range"), "give every source of a slice the same number"
+                        message,
+                        (*at, "sources", place, "layer_range"),
+                        "give every source of a slice the same number of layers",
                     )
                     break
 

@@ -269,6 +269,27 @@ class Recipe(Record):
                 names.setdefault(name.text, name)
         return list(names.values())
 
+    def mentions(self) -> dict[ModelName, list[str]]:
+        """Every model that must be opened, with the place where the recipe first names it (as `where` gives it).
+
+        A model that only gives the tokenizer comes last.
+        """
+        paths: dict[str, KeyPath] = {}
+        for block in self.blocks():
+            for index, source in enumerate(block.sources):
+                paths.setdefault(source.model.text, (*block.path, index, "model"))
+            if block.base_model is not None and block.base_model is not self.base_model:
+                paths.setdefault(block.base_model.text, (*block.path[:-1], "base_model"))
+        if self.base_model is not None:
+            paths.setdefault(self.base_model.text, ("base_model",))
+        names = {name.text: name for name in self.model_names()}
+        asked = self.vocabulary.source if self.vocabulary is not None else None
+        if isinstance(asked, ModelName) and asked.text not in names:
+            names[asked.text] = asked
+            simple = self.tokenizer_source is not None
+            paths[asked.text] = ("tokenizer_source",) if simple else ("tokenizer", "source")
+        return {name: self.where(*paths[text], value=True) for text, name in names.items()}
+
 
 def _blocks(
     recipe: Recipe,

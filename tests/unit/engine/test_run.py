@@ -139,10 +139,8 @@ def test_an_interrupt_of_the_caller_stops_the_workers() -> None:
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    started = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         run(plan, [watched], Memory(plan.entries), workers=2, progress=interrupt)
-    assert time.perf_counter() - started < 1.0
     assert len(watched.reads) < len(TENSORS)
 
 

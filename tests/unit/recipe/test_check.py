@@ -63,7 +63,22 @@ parameters:
     ("model", "recipe", "expected"),
     [
         ("      wieght: 1", "", ("ties has no parameter `wieght`", "7:7", "did you mean `weight`?")),
-        ("", "  t: 1", ("ties has no parameter `t`", "11:3", "ties takes weight, density, normalize, rescale, lambda")),
+        (
+            "",
+            "  t: 1",
+            (
+                "ties has no parameter `t`",
+                "11:3",
+                "it belongs to nearswap, slerp; ties takes weight, density, normalize, rescale, lambda",
+            ),
+        ),
+        (
+            "",
+            "  zzz: 1",
+            ("ties has no parameter `zzz`", "11:3", "ties takes weight, density, normalize, rescale, lambda"),
+        ),
+        ("      density: 53%", "", ("`density` must be a number, not '53%'", "7:16", "write 0.53")),
+        ("      density: 0,5", "", ("`density` must be a number, not '0,5'", "7:16", "write 0.5")),
         (
             "      lambda: 1",
             "",
@@ -148,9 +163,9 @@ def test_required_for_the_method() -> None:
     assert only("merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\n") == (
         "slerp needs `t`",
         "1:1",
-        "add `parameters: {t: ...}`",
+        "add `parameters: {t: ...}` to the recipe",
     )
-    message, place, _ = only("""\
+    message, place, fix = only("""\
         merge_method: slerp
         base_model: a
         slices:
@@ -159,6 +174,7 @@ def test_required_for_the_method() -> None:
           - sources: [{model: a, layer_range: [2, 4]}, {model: b, layer_range: [2, 4]}]
         """)
     assert (message, place) == ("slerp needs `t`", "6:5")
+    assert fix == "add `parameters: {t: ...}` to slice 2, or to the recipe"
 
 
 @pytest.mark.parametrize(
@@ -171,19 +187,14 @@ def test_required_for_the_method() -> None:
             "3:1",
         ),
         (
-            "merge_method: slerp\nbase_model: a\nmodels: [{model: b}, {model: c}]\nparameters: {t: 1}\n",
-            "slerp takes exactly 1 model besides the base, not 2",
+            "merge_method: slerp\nbase_model: a\nmodels: [{model: b}, {model: c}, {model: d}]\nparameters: {t: 1}\n",
+            "slerp takes exactly 1 model besides the base, not 3",
             "3:1",
         ),
         (
             "merge_method: passthrough\nbase_model: a\nmodels: [{model: a}, {model: b}]\n",
             "passthrough takes exactly 1 model, not 2",
             "3:1",
-        ),
-        (
-            "merge_method: slerp\nbase_model: a\nparameters: {t: 1}\nslices:\n- sources: [{model: b}]\n",
-            "a slice does not list the base model a, which slerp uses",
-            "5:3",
         ),
         (
             "merge_method: ties\nbase_model: a\nparameters: {weight: 1}\n"

@@ -279,7 +279,7 @@ def test_one_wrong_line(text: str, expected: tuple[str, str, str]) -> None:
         ("[-1, 2]", "`layer_range` [-1, 2] begins before layer 0"),
         ("[0, 1.5]", "`layer_range` must be two whole numbers, not 1.5"),
         ("[0, true]", "`layer_range` must be two whole numbers, not true"),
-        ("[0, 1, 2]", "`layer_range` must be two whole numbers, not a list"),
+        ("[0, 1, 2]", "`layer_range` must be two whole numbers, not a list of 3"),
         ("0-5", "`layer_range` must be two whole numbers, not '0-5'"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -127,11 +126,9 @@ def test_names_that_cannot_be_written(shard_bytes: int) -> None:
         layout([], shard_bytes=0)
 
 
-def test_sixty_thousand_tensors_are_laid_out_quickly() -> None:
+def test_sixty_thousand_tensors_are_laid_out() -> None:
     tensors = [OutputTensor(f"layers.{n}.weight", dtypes.BF16, (64, 64)) for n in range(60_000)]
-    began = time.perf_counter()
     found = layout(tensors, shard_bytes=50_000_000)
-    assert time.perf_counter() - began < 5
     assert len(found.shards) == 10  # 6103 tensors of 8 KiB fit in each
 
 

@@ -111,18 +111,20 @@ def open_remote(folder: HubFolder, *, name: str) -> RemoteCheckpoint:
 
 def _listing(folder: HubFolder) -> dict[str, tuple[int, str | None]]:
     """The files at the top of the repository: name -> size in bytes, and sha256 where the hub knows it."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub import HfApi, constants
 
     try:
-        found = list(HfApi().list_repo_tree(folder.repo, revision=folder.commit))
+        found = HfApi().model_info(
+            folder.repo, revision=folder.commit, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
     except Exception as error:  # the library's and its network layer's errors have no common base
         raise hub.failure(error, folder.repo, folder.commit) from error
-    return {
-        entry.path: (entry.lfs.size, entry.lfs.sha256) if entry.lfs is not None else (entry.size, None)
-        for entry in found
-        if isinstance(entry, RepoFile) and paths.is_plain_name(entry.path)
-    }
+    listing: dict[str, tuple[int, str | None]] = {}
+    for entry in found.siblings or ():
+        size = entry.size if entry.lfs is None else entry.lfs.size
+        if paths.is_plain_name(entry.rfilename) and isinstance(size, int):
+            listing[entry.rfilename] = size, None if entry.lfs is None else entry.lfs.sha256
+    return listing
 
 
 def _read_part(folder: HubFolder, file: str, known: tuple[int, str | None] | None, name: str) -> Part:
