@@ -1,6 +1,7 @@
-"""Handmade models and command-line runs: what the end-to-end tests are built of. Nothing here uses smelt's own storage.
+"""Handmade models and command-line runs: what the end-to-end tests are built of.
 
-A model is a dict of NumPy arrays and a config; `model` writes them as a folder, `stored` reads any folder back.
+A model is a dict of NumPy arrays and a config; `model` writes them as a folder, `stored` reads any folder back, both
+without smelt's own storage. `opened` gives the same as models that are open for planning.
 """
 
 from __future__ import annotations
@@ -170,6 +171,28 @@ def hub_model(
     for reference in refs:
         (root / "refs" / reference).write_text(commit)
     return snapshot
+
+
+def opened(**models: tuple[Mapping[str, Array], Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Models (name -> tensors and config) as `smelt.planning.locate.open_models` gives them, in memory."""
+    from smelt.dtypes import BY_CODE
+    from smelt.planning.anatomy import anatomy
+    from smelt.planning.entries import PlannedModel
+    from smelt.planning.locate import Model
+    from smelt.specs import ModelRef, TensorSpec
+    from smelt.storage.sources.memory import MemoryCheckpoint
+
+    found = {}
+    for name, (tensors, settings) in models.items():
+        stored = {}
+        for key, value in tensors.items():
+            spec = TensorSpec(key, BY_CODE[_CODES[value.dtype.name]], value.shape)
+            stored[key] = (spec, np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        source = MemoryCheckpoint(name, stored)
+        planned = PlannedModel(ModelRef(name, name), name, "memory")
+        raw = None if settings is None else dict(settings)
+        found[name] = Model(planned, source, raw, anatomy(source.tensors, raw))
+    return found
 
 
 # --- recipes and runs -----------------------------------------------------------------------------------------------

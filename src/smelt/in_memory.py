@@ -121,7 +121,7 @@ def _to_bytes(value: Any, where: str) -> tuple[DType, Bytes]:
 
         name = str(value.dtype).removeprefix("torch.")
         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if name in BY_NAME else None
-    elif isinstance(value, np.ndarray):
+    elif isinstance(value, np.ndarray | np.generic):
         name = value.dtype.name
         little = value.astype(value.dtype.newbyteorder("<"), copy=False) if name in BY_NAME else value
         data = np.ascontiguousarray(little).reshape(-1).view(np.uint8) if name in BY_NAME else None

@@ -17,7 +17,7 @@ from smelt.engine.run import RunResult, check_equal, run
 from smelt.errors import InputError, NumericError, RecipeError, StorageError
 from smelt.lineage.card import CARD, card
 from smelt.lineage.record import RECORD, file_digest, record
-from smelt.methods.loading import load_file
+from smelt.methods.loading import MethodFile, load_file
 from smelt.planning.build import build, check_recipe
 from smelt.planning.check import check
 from smelt.planning.companions import small_files
@@ -94,9 +94,9 @@ def prepare(
         recipe = load(Path(recipe))
     elif not isinstance(recipe, Recipe):
         recipe = from_dict(recipe)
-    method_files = _load_methods(recipe, beside or Path.cwd(), trust=trust_methods)
-    check_recipe(recipe)
     with ExitStack() as stack:
+        method_files = _load_methods(recipe, beside or Path.cwd(), stack, trust=trust_methods)
+        check_recipe(recipe)
         opened = open_models(recipe.mentions(), beside=beside, stack=stack, weights=weights)
         plan = build(recipe, opened, allow=allowed, seed=seed)
         models = tuple({id(opened[name.text]): opened[name.text] for name in recipe.model_names()}.values())
@@ -134,17 +134,24 @@ def _strictly(count: int) -> str:
     )
 
 
-def _load_methods(recipe: Recipe, folder: Path, *, trust: bool) -> dict[str, str]:
-    """Load the method files that a recipe names: code, so only if the user trusts it. Gives the sha256 of each."""
+def _load_methods(recipe: Recipe, folder: Path, stack: ExitStack, *, trust: bool) -> dict[str, str]:
+    """Load the method files that a recipe names: code, so only if the user trusts it. Gives the sha256 of each.
+
+    Their methods are forgotten when `stack` ends.
+    """
     if recipe.methods and not trust:
         raise RecipeError(
             f"the recipe names a method file, which is code: {', '.join(recipe.methods)}",
             where=recipe.where("methods"),
             fix="read the file, and pass --trust-methods (trust_methods=True) if you trust it",
         )
+    loaded: dict[Path, MethodFile] = {}
     for file in recipe.methods:
-        load_file(folder / file)
-    return {file: _sha256(folder / file) for file in recipe.methods}
+        path = (folder / file).resolve()
+        if path not in loaded:
+            loaded[path] = load_file(path)
+            stack.callback(loaded[path].unload)
+    return {file: loaded[(folder / file).resolve()].sha256 for file in recipe.methods}
 
 
 def plan(

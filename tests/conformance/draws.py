@@ -48,7 +48,7 @@ def number(field: Field, rng: np.random.Generator) -> float:
     if turn < 0.65:
         return float(rng.uniform(0.05, 1.0))
     if turn < 0.8:
-        return float(10.0 ** rng.uniform(-3.0, 0.0))
+        return float(10.0 ** rng.uniform(-8.0, 0.0))
     return float(rng.choice([-0.4, 0.0, 1.0, 1.3]))
 
 

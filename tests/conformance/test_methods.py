@@ -260,6 +260,42 @@ def test_one_model_that_moved(method: str) -> None:
         agree(method, [base] * (n - 1) + models[-1:], base if with_base else None, settings(info, rng, n))
 
 
+@pytest.mark.parametrize("power", [-13, 8])
+@pytest.mark.parametrize("method", NAMES)
+def test_small_and_large_numbers(method: str, power: int) -> None:
+    """Moves of about 1e-6, where formulas have least divisors, and numbers near 20, where softmax has peaks."""
+    info = api.get(method)
+    rng = np.random.default_rng(11)
+    for n, with_base in kinds(info):
+        for steps in (False, True):
+            models, base = tensors((37, 11), rng, n, [F32], steps=steps)
+            scaled = [np.ldexp(tensor, power) for tensor in (*models, base)]
+            for turn in range(4):
+                values = settings(info, rng, n)
+                for name, field in info.fields.items():  # a number without a range may be a length: half the time it is
+                    if turn % 2 and field.kind == "float" and field.within is None and not field.per_model:
+                        values[name] = values[name] * 2.0**power
+                agree(method, scaled[:-1], scaled[-1] if with_base else None, values)
+
+
+@pytest.mark.parametrize("method", [name for name in NAMES if "weight" in api.get(name).fields])
+def test_weights_that_cancel(method: str) -> None:
+    """Their sum is 0, or nearly: a divisor of 1 or half way, as the reference says, or refused before anything runs."""
+    info = api.get(method)
+    rng = np.random.default_rng(16)
+    for n, with_base in kinds(info):
+        models, base = tensors((37, 11), rng, n, [F32])
+        for rest in (0.0, 4e-9, 3e-7):
+            weight = [0.5 * (-1) ** i for i in range(n)]
+            weight[-1] = rest - sum(weight[:-1])
+            values = {**settings(info, rng, n), "weight": tuple(weight)}
+            try:
+                info.type(values, models=n).check()
+            except ValueError:
+                continue
+            agree(method, models, base if with_base else None, values)
+
+
 @pytest.mark.parametrize("signs", [(1, 1), (1, -1), (1, 2), (1, -0.5), (2, -1, -1), (1, 1, 1, -3)], ids=str)
 @pytest.mark.parametrize("method", NAMES)
 def test_tensors_on_one_line(method: str, signs: tuple[float, ...]) -> None:

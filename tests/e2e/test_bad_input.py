@@ -429,6 +429,13 @@ def test_slices_of_models_without_layers(folder: Path) -> None:
     refused(folder, slices([("flat", [0, 1])]), code=USAGE, says=["layer ranges need one stack of layers", "models:"])
 
 
+def test_a_donor_that_is_in_no_slice(folder: Path) -> None:
+    model(folder / "donor", llama(layers=4), config(layers=4))
+    tree = slices([("m0", [0, 2])], merge_method="passthrough", base_model="donor", parameters={})
+    accepted(folder, tree)
+    assert factory.stored(folder / "out").keys() == factory.stored(folder / "m0").keys()
+
+
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 

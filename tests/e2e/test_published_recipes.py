@@ -1,8 +1,8 @@
 """Recipes as people publish them. Good ones run and their output loads; bad ones get the message written at their top.
 
 recipes/good/*.yml: comments `# warning: ...` name the warnings that the merge gives, all of them.
-recipes/bad/*.yml: the comments at the top are the problems, in order: `# error:`, `# at:` (line:column in the file, where
-the problem has a place in it), `# fix:` (where there is one). `{models}` stands for the folder of the models.
+recipes/bad/*.yml: the comments at the top are the problems, in order: `# error:`, `# at:` (line:column in the file, if
+the problem has a place in it), `# fix:` (if there is one). `{models}` stands for the folder of the models.
 """
 
 from __future__ import annotations

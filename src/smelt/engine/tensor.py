@@ -6,8 +6,6 @@ last task of a pass ends the pass. Results of reductions are folded in the order
 
 from __future__ import annotations
 
-import inspect
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +17,11 @@ import xxhash
 from smelt import dtypes
 from smelt.engine.rng import key, uniform
 from smelt.engine.tiles import Geometry, Scratch
-from smelt.errors import NumericError, RecipeError, SmeltError
+from smelt.errors import NumericError, RecipeError
 from smelt.methods import api
 from smelt.methods.api import Undefined
-from smelt.methods.loading import line_of
+from smelt.methods.loading import answerable, definition_of
+from smelt.methods.reducers import described
 from smelt.planning.entries import Action, Entry
 from smelt.storage.checkpoint import TensorSource
 
@@ -183,29 +182,25 @@ class TensorRun:
     def _call(self, function: Callable[..., Any], names: Sequence[str], given: Mapping[str, Any]) -> Any:
         """Call a function of the method; what it raises is told with the line of the method's file."""
         try:
-            return function(self._method, *(given[name] for name in names))
+            with answerable(self._method.info, at=f"at tensor '{self.entry.name}'"):
+                return function(self._method, *(given[name] for name in names))
         except Undefined as error:
             raise self._undefined(str(error)) from error
-        except (SmeltError, MemoryError):
-            raise
-        except Exception as error:
-            path = inspect.getfile(type(self._method))
-            raise RecipeError(
-                f"method {self.entry.method} failed: {type(error).__name__}: {error}",
-                where=[line_of(error, os.path.basename(path), path), f"at tensor '{self.entry.name}'"],
-                fix="correct the method",
-            ) from error
 
-    def _checked(self, values: Any, count: int) -> Any:
-        """A tile's result as a flat float32 array of `count` elements."""
-        found = np.asarray(values)
-        if found.dtype != np.float32 or found.size != count:
-            raise RecipeError(
-                f"method {self.entry.method} gave a tile of {list(found.shape)} {found.dtype}",
-                where=[inspect.getfile(type(self._method)), f"at tensor '{self.entry.name}'"],
-                fix=f"tile() must return float32, one number for each of the {count} elements of its tile",
-            )
-        return np.ascontiguousarray(found).reshape(-1)
+    def _checked(self, values: Any, given: Mapping[str, Any]) -> Any:
+        """A tile's result as a flat float32 array, in the shape of the tile it was given."""
+        shape = given["x"].shape[1:]
+        if not isinstance(values, np.ndarray) or values.dtype != np.float32 or values.shape != shape:
+            raise self._misused(type(self._method).tile, described(values), f"return an array, float32 {list(shape)}")
+        return np.ascontiguousarray(values).reshape(-1)
+
+    def _misused(self, function: Callable[..., Any], got: str, rule: str) -> RecipeError:
+        """A function of the method that gives something else than the contract asks for."""
+        return RecipeError(
+            f"method {self.entry.method}: {function.__name__} gave {got}, and is to {rule}",
+            where=[definition_of(function), f"at tensor '{self.entry.name}'"],
+            fix="correct the method",
+        )
 
     def _raw(self, number: int, start: int, stop: int, scratch: Scratch) -> tuple[list[Any], int]:
         """The stored bytes of elements [start, stop) of every source, and how many bytes were read for it."""
@@ -240,7 +235,12 @@ class TensorRun:
             dtypes.decode(piece, dtype, target)
             if i == n:
                 base = target
-        view = self.geometry.view
+
+        def view(flat: Any) -> Any:
+            shown = self.geometry.view(flat).view()
+            shown.flags.writeable = False  # a method must not change what the next function of the pass is given
+            return shown
+
         given["x"] = view(x)
         given["base"] = None if base is None else view(base)
         if wanted & {"deltas", "vectors"}:
@@ -264,6 +264,8 @@ class TensorRun:
                 given = self._arguments(wanted, raw, start, low - start, high - low, scratch)
                 for running in self._running:
                     values = self._call(running.reduction.function, running.reduction.arguments, given)
+                    if problem := running.reducer.refuses(values, given["x"].ndim):
+                        raise self._misused(running.reduction.function, *problem)
                     running.add(values, low, high, self.geometry)
         return read
 
@@ -278,7 +280,7 @@ class TensorRun:
                 given = self._arguments(wanted, raw, start, offset, count, scratch)
                 values = self._call(type(self._method).tile, self._method.info.tile_arguments, given)
                 piece = out[entry.dtype.nbytes(offset) : entry.dtype.nbytes(offset + count)]
-                dtypes.encode(self._checked(values, count), entry.dtype, piece)
+                dtypes.encode(self._checked(values, given), entry.dtype, piece)
                 self._count_nonfinite(piece, raw, offset, count, start)
         self._sink.write(entry.name, entry.dtype.nbytes(start), memoryview(out))
         self._digest(entry.dtype.nbytes(start), out)
@@ -394,9 +396,10 @@ def _slice(values: Any, first: int, last: int, axis: int) -> Any:
 def bind(entry: Entry) -> Any:
     """The entry's method with its settings, its per-model fields shaped for the tensor's tiles."""
     info = api.get(entry.method)
-    method = info.type(entry.values, models=len(entry.inputs))
-    if method.grain is api.Grain.TENSOR:
-        method.shape_fields(1 + len(entry.shape))
+    with answerable(info, at=f"at tensor '{entry.name}'"):
+        method = info.type(entry.values, models=len(entry.inputs))
+        if method.grain is api.Grain.TENSOR:
+            method.shape_fields(1 + len(entry.shape))
     return method
 
 

@@ -32,6 +32,7 @@ def card(plan: Plan, *, name: str, recipe: Mapping[str, Any], donor_card: bytes 
         front.append("library_name: transformers")
     front += ["tags:", "- merge", "- smelt", "---"]
     info = api.get(plan.method)
+    published = [model.published for model in plan.models]
     lines = [
         "",
         f"# {name}",
@@ -43,6 +44,7 @@ def card(plan: Plan, *, name: str, recipe: Mapping[str, Any], donor_card: bytes 
         "| model | role |",
         "|---|---|",
         *(f"| {_cell(model.published)} | {_role(index, plan)} |" for index, model in enumerate(plan.models)),
+        *([f"| {_cell(plan.tokenizer)} | tokenizer |"] if plan.tokenizer not in published else []),
         "",
         "## Recipe",
         "",
@@ -62,7 +64,9 @@ def _role(index: int, plan: Plan) -> str:
     if index == plan.base:
         roles.append("base")
     if index == plan.donor:
-        roles.append("config and tokenizer")
+        roles.append("config")
+    if plan.models[index].published == plan.tokenizer:
+        roles.append("tokenizer")
     return ", ".join(roles) or "model"
 
 

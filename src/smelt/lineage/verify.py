@@ -44,9 +44,9 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
         missing = sorted(set(recorded) - set(checkpoint.tensors))
         extra = sorted(set(checkpoint.tensors) - set(recorded))
         if missing:
-            problems.append(InputError(f"{len(missing)} recorded tensors are missing", where=missing[:5]))
+            problems.append(InputError(f"{_tensors(missing)} missing that the record names", where=missing[:5]))
         if extra:
-            problems.append(InputError(f"{len(extra)} tensors are not in the record", where=extra[:5]))
+            problems.append(InputError(f"{_tensors(extra)} not in the record", where=extra[:5]))
         total = sum(spec.nbytes for spec in checkpoint.tensors.values())
         done = 0
         for name, spec in checkpoint.tensors.items():
@@ -93,6 +93,10 @@ def _read_record(checkpoint: TensorSource, folder: Path) -> dict[str, Any]:
     if damaged:
         raise InputError(f"{folder / RECORD} is damaged", where=damaged[:5], fix="merge again")
     return tree
+
+
+def _tensors(names: list[str]) -> str:
+    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
 
 
 def _has_digest(row: object) -> bool:

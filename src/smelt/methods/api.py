@@ -134,6 +134,8 @@ class Method:
                 if value.shape != (models,):
                     raise ValueError(f"{field.name} needs one number per model")
             setattr(self, field.attribute, value)
+        if not isinstance(self.grain, Grain):
+            raise TypeError(f"grain must be a Grain, not {self.grain!r}")
         ndim = {Grain.ELEMENT: 2, Grain.ROW: 3, Grain.SLAB: 3, Grain.TENSOR: 0}[self.grain]
         if ndim:
             self.shape_fields(ndim)
@@ -204,6 +206,10 @@ def register(name: str, *, source: str) -> Callable[[type[M]], type[M]]:
     """
 
     def read(cls: type[M]) -> type[M]:
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise TypeError(f"{getattr(cls, '__name__', cls)} is no Method: write `class {name.title()}(Method):`")
+        if not callable(getattr(cls, "tile", None)):
+            raise TypeError(f"{cls.__name__} has no function `tile(self, ...)`")
         hints = typing.get_type_hints(cls)
         fields: dict[str, Field] = {}
         for attribute, declared in vars(cls).items():
@@ -277,9 +283,9 @@ def _discover() -> None:
     importlib.import_module("smelt.methods.loading").load_entry_points()
 
 
-def registered() -> list[MethodInfo]:
-    """What is registered so far, without looking for more."""
-    return list(_REGISTRY.values())
+def forget(name: str) -> None:
+    """Take a method out of the registry."""
+    _REGISTRY.pop(name, None)
 
 
 def names() -> list[str]:

@@ -37,6 +37,9 @@ class Interval:
 
     @classmethod
     def parse(cls, text: str) -> Interval:
+        """Read `[0, 1]`, `(0, inf)` and the like. Raises ValueError."""
+        if not (text[:1] in "[(" and text[-1:] in "])" and text.count(",") == 1):
+            raise ValueError(f"'{text}' is no interval: write [0, 1] or (0, inf)")
         low, high = text[1:-1].split(",")
         return cls(float(low), float(high), text[0] == "(", text[-1] == ")", text)
 

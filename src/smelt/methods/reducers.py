@@ -28,6 +28,9 @@ class Reducer(Protocol):
     ordered: ClassVar[bool]
     """True: partials are taken block by block and folded in block order. False: any cut and order gives the same."""
 
+    def refuses(self, values: Any, ndim: int) -> tuple[str, str] | None:
+        """For a tile of `ndim` dimensions: what a reduction gave, and what it is to give instead; None if it is well."""
+
     def partial(self, values: Any) -> Any: ...
 
     def fold(self, total: Any, partial: Any) -> Any: ...
@@ -35,6 +38,19 @@ class Reducer(Protocol):
     def close(self, total: Any) -> None: ...
 
     def finish(self) -> Any: ...
+
+
+def _dimensions(values: Any) -> int:
+    return values.ndim if hasattr(values, "ndim") and hasattr(values, "dtype") else -1
+
+
+def described(values: Any) -> str:
+    """What a value is, in words: `float32 [2, 9600]`, `a tuple of 3`, `None`."""
+    if hasattr(values, "shape") and hasattr(values, "dtype"):
+        return f"{values.dtype} {list(values.shape)}"
+    if isinstance(values, tuple | list):
+        return f"a {type(values).__name__} of {len(values)}"
+    return "None" if values is None else f"a {type(values).__name__}"
 
 
 class Sum:
@@ -46,6 +62,11 @@ class Sum:
     def __init__(self, *, scope: str, size: int) -> None:
         self._scope = scope
         self._total: Any = None
+
+    def refuses(self, values: Any, ndim: int) -> tuple[str, str] | None:
+        if _dimensions(values) == ndim:
+            return None
+        return described(values), f"give Sum one array of {ndim} dimensions, [n, ...] as the tile's"
 
     def partial(self, values: Array) -> Array:
         xp = array_namespace(values)
@@ -92,6 +113,13 @@ class Gram:
     def __init__(self, *, scope: str, size: int) -> None:
         self._axis = 0 if scope == "column" else None
         self._total: Any = None
+
+    def refuses(self, values: Any, ndim: int) -> tuple[str, str] | None:
+        fix = f"give Gram an array [k, ...] of {ndim} dimensions, or a tuple of k arrays"
+        if isinstance(values, tuple):
+            wrong = [part for part in values if _dimensions(part) != ndim - 1]
+            return (f"a tuple with {described(wrong[0])}", fix) if wrong or not values else None
+        return None if _dimensions(values) == ndim else (described(values), fix)
 
     def partial(self, values: Sequence[Array]) -> Array:
         return gram(values, axis=self._axis)
@@ -173,6 +201,18 @@ class _RadixSelect:
     @staticmethod
     def _numbers(keys: Any) -> Any:
         raise NotImplementedError
+
+    def refuses(self, values: Any, ndim: int) -> tuple[str, str] | None:
+        fix = f"return (magnitudes, counts): an array of {ndim} dimensions, and whole numbers [n] or [n, k]"
+        if not isinstance(values, tuple) or len(values) != 2:
+            return described(values), fix
+        magnitudes, counts = values
+        if _dimensions(magnitudes) != ndim:
+            return f"magnitudes that are {described(magnitudes)}", fix
+        found = np.asarray(counts)
+        if found.dtype.kind not in "iu" or found.ndim not in (1, 2) or found.shape[0] != magnitudes.shape[0]:
+            return f"counts that are {described(counts)}", fix
+        return None
 
     def partial(self, values: tuple[Array, Array]) -> Any:
         numbers, counts = (np.asarray(part) for part in values)

@@ -252,8 +252,8 @@ def _unused_layers(models: Sequence[Model], stack: str, sections: Sequence[Secti
     for section in sections:
         for contributor in section.contributors:
             used.setdefault(contributor.model, set()).update(range(*contributor.layers))
-    for index, layers in used.items():
-        model = models[index]
+    for index, model in enumerate(models):
+        layers = used.get(index, set())
         for name, part in model.anatomy.parts.items():
             if part.stack == stack and part.layer is not None and part.layer not in layers:
                 result.ignored[f"{model.name}: {name}"] = "its layer is in no slice"

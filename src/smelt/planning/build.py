@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from smelt.dtypes import OUTPUT_NAMES, DType, promote
 from smelt.errors import InputError, RecipeError, SmeltError, raise_all
 from smelt.methods import api
+from smelt.methods.loading import answerable
 from smelt.planning.align import Alignment, ExtraTensors, Slot, align
 from smelt.planning.alike import AlikeProblems
 from smelt.planning.anatomy import Role
@@ -141,9 +142,8 @@ class _Builder:
         key = tuple((name, tuple(v) if isinstance(v, tuple) else v) for name, v in entry.values.items())
         if key not in self._checked:
             self._checked[key] = None
-            method = self.info.type(entry.values, models=len(entry.inputs))
             try:
-                method.check()
+                self._ask(entry, lambda method: method.check())
             except ValueError as error:
                 reason, *fix = error.args
                 self._checked[key] = reason
@@ -160,10 +160,20 @@ class _Builder:
                 )
         if self._checked[key] is not None:
             return None
-        method = self.info.type(entry.values, models=len(entry.inputs))
-        if method.copies() and entry.inputs[0].tensor.dtype is entry.dtype:
+        if self._ask(entry, lambda method: method.copies()) and entry.inputs[0].tensor.dtype is entry.dtype:
             return self._copy(slot, entry.inputs[0], "taken as it is", entry.values, entry.origins)
         return entry
+
+    def _ask(self, entry: Entry, question: Callable[[Any], Any]) -> Any:
+        """Ask the method with this entry's settings. Its ValueErrors pass, other errors are told with their line."""
+        refused: ValueError | None = None
+        with answerable(self.info, at=f"at tensor '{entry.name}'"):
+            method = self.info.type(entry.values, models=len(entry.inputs))
+            try:
+                return question(method)
+            except ValueError as error:
+                refused = error
+        raise refused or AssertionError
 
     def _copy(
         self,
@@ -297,7 +307,8 @@ class _Builder:
         for model in self.models:
             stated = (model.config or {}).get("quantization_config")
             packed = next(
-                (t for t in model.source.tensors.values() if t.dtype.code.startswith(("F8", "F6", "F4"))), None
+                (t for t in model.source.tensors.values() if t.dtype.code.startswith("F") and not t.dtype.floating),
+                None,
             )
             if not isinstance(stated, dict) and packed is None:
                 continue
@@ -319,7 +330,8 @@ class _Builder:
         self.notes.extend(alignment.notes)
         self.notes.extend(notes(self.recipe))
         for names, count in self._mixed.items():
-            self.notes.append(f"{count} tensors mix {' and '.join(names)}; all are worked on in float32")
+            mix = "tensor mixes" if count == 1 else "tensors mix"
+            self.notes.append(f"{count} {mix} {' and '.join(names)}; all are worked on in float32")
         known = {tensor for model in self.models for tensor in model.source.tensors}
         known.update(slot.name for slot in alignment.slots)
         self.warnings.extend(unmatched(self.recipe, sorted(known)))
@@ -327,7 +339,10 @@ class _Builder:
             reasons: dict[str, int] = {}
             for reason in alignment.ignored.values():
                 reasons[reason] = reasons.get(reason, 0) + 1
-            self.notes.extend(f"{count} input tensors are not used: {reason}" for reason, count in reasons.items())
+            self.notes.extend(
+                f"{count} input tensor{' is' if count == 1 else 's are'} not used: {reason}"
+                for reason, count in reasons.items()
+            )
 
     def _tied(self, head: bool) -> bool:
         """Whether the merged model's config ties its head: never where a head of its own might differ."""

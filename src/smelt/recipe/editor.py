@@ -10,6 +10,12 @@ from smelt.methods import api
 from smelt.methods.fields import Field
 from smelt.recipe.schema import Recipe
 
+_CASES = (str.lower, str.capitalize, str.upper)
+_WORDS: dict[str, Any] = {
+    "NumberAsText": {"type": "string", "pattern": r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"},
+    "BooleanAsText": {"enum": [0, 1, *(case(word) for word in ("yes", "no", "on", "off") for case in _CASES)]},
+}
+"""What stands for a number or a boolean in YAML 1.1, and in recipes."""
 _ANY = {"type": ["number", "string", "boolean", "array"]}
 
 
@@ -24,11 +30,12 @@ def editor_schema() -> dict[str, Any]:
     }
     names = [*OUTPUT_NAMES, *(f"torch.{name}" for name in OUTPUT_NAMES)]
     for key in ("dtype", "out_dtype"):
-        tree["properties"][key] = {"enum": names, "description": "The type of the output's numbers."}
+        tree["properties"][key] = {"enum": [*names, None], "description": "The type of the output's numbers."}
     parameters = {"type": ["object", "null"], "properties": _parameters(), "additionalProperties": False}
     for node in (tree, *tree.get("$defs", {}).values()):
         if "parameters" in node.get("properties", {}):
-            node["properties"]["parameters"] = parameters
+            node["properties"]["parameters"] = {"$ref": "#/$defs/Parameters"}
+    tree["$defs"] |= {**_WORDS, "Parameters": parameters}
     return tree
 
 
@@ -61,14 +68,13 @@ def _parameters() -> dict[str, Any]:
         }
         tree[name] = {
             "description": f"{doc} ({methods})" if methods else f"accepted without effect: {doc}",
-            "anyOf": [one, gradient, {"type": "array", "minItems": 1, "items": case}],
+            "anyOf": [one, gradient, {"type": "array", "minItems": 1, "items": case}, case],
         }
     return tree
 
 
 def _value(field: Field) -> dict[str, Any]:
-    numeric = {"type": "integer" if field.kind == "int" else "number"}
-    value: dict[str, Any] = {"type": "boolean"} if field.kind == "bool" else numeric
+    value: dict[str, Any] = {"type": "integer" if field.kind == "int" else "number"}
     if field.within is not None:
         low = "exclusiveMinimum" if field.within.open_low else "minimum"
         high = "exclusiveMaximum" if field.within.open_high else "maximum"
@@ -76,4 +82,9 @@ def _value(field: Field) -> dict[str, Any]:
             value[low] = field.within.low
         if math.isfinite(field.within.high):
             value[high] = field.within.high
-    return {"anyOf": [value, {"enum": list(field.words)}]} if field.words else value
+    others: list[dict[str, Any]] = [{"$ref": "#/$defs/NumberAsText"}]
+    if field.kind == "bool":
+        value, others = {"type": "boolean"}, [{"$ref": "#/$defs/BooleanAsText"}]
+    if field.words:
+        others.append({"enum": list(field.words)})
+    return {"anyOf": [value, *others]}

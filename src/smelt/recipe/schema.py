@@ -93,7 +93,20 @@ def _or_empty(value: Any) -> Any:
     return {} if value is None else value
 
 
-_NAME_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "object"}]}
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+_NAME_KEYS: dict[str, Any] = {
+    "model": {"type": ["string", "object"]},
+    "path": {"type": "string"},
+    "revision": _TEXT_OR_NULL,
+    "lora": {"type": ["string", "object", "null"]},
+    "override_architecture": _TEXT_OR_NULL,
+}
+_NAME_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"type": "string"}, {"type": "object", "properties": _NAME_KEYS, "additionalProperties": False}]
+}
+_ROW_KEYS = {"kind": {"enum": ["model_token", "zero"]}, "token_id": {"type": "integer"}, "token": {"type": "string"}}
+_ROW_SCHEMA = {"type": "object", "properties": _NAME_KEYS | _ROW_KEYS, "additionalProperties": False}
+_RANGE_SCHEMA = {"type": ["array", "null"], "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
 _SETTING_SCHEMA = {"anyOf": [{"type": kind} for kind in ("number", "boolean", "string", "array", "object")]}
 
 Many: TypeAlias = Annotated[tuple[T, ...], Field(strict=False, min_length=1)]
@@ -119,7 +132,9 @@ class Source(Record):
     """A model in `models:` or `sources:`, with its own settings; `layer_range` (sources only) is [first, end)."""
 
     model: Name
-    layer_range: Annotated[tuple[int, int] | None, PlainValidator(_read_layer_range)] = None
+    layer_range: Annotated[tuple[int, int] | None, PlainValidator(_read_layer_range), WithJsonSchema(_RANGE_SCHEMA)] = (
+        None
+    )
     parameters: Parameters = Field(default_factory=dict)
 
 
@@ -158,7 +173,9 @@ class TokenRule(Record):
     """The embedding row of a token for models that lack it; with `force` for all models."""
 
     source: Annotated[
-        ModelName | TokenSource | None, PlainValidator(_read_token_source), WithJsonSchema(_NAME_SCHEMA)
+        ModelName | TokenSource | None,
+        PlainValidator(_read_token_source),
+        WithJsonSchema({"anyOf": [*_NAME_SCHEMA["anyOf"], _ROW_SCHEMA, {"type": "null"}]}),
     ] = None
     force: Annotated[bool, BeforeValidator(read_boolean)] = False
 

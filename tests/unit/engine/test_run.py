@@ -15,11 +15,14 @@ import xxhash
 from conformance.driver import BF16, F16, F32, F64, Memory, complete, merge, merge_tensors, plan_of, source
 from smelt.engine import run as engine
 from smelt.engine.run import check_equal, default_workers, run
-from smelt.engine.tensor import Budget, bind, schedule
+from smelt.engine.tensor import Budget, _Running, bind, schedule
+from smelt.engine.tiles import BLOCK, Geometry
 from smelt.errors import InputError, ManyProblems, NumericError, SmeltError, StorageError
 from smelt.lineage.verify import tensor_digest
 from smelt.methods import api
+from smelt.methods.reducers import Sum
 from smelt.planning.entries import Action
+from smelt.specs import Grain
 from smelt.storage.sources.memory import MemoryCheckpoint
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -409,6 +412,19 @@ def test_tensors_that_are_merged_may_differ() -> None:
 
 
 # Passes
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::5])
+def test_sums_are_folded_in_the_order_of_blocks(order: tuple[int, ...]) -> None:
+    """Whatever worker comes first. The numbers are such that another order gives another sum."""
+    geometry = Geometry.of((4 * BLOCK,), Grain.ELEMENT, tile=BLOCK)
+    values = np.zeros((1, 4 * BLOCK), dtype=np.float32)
+    values[0, ::BLOCK] = [2.0**60, 1.0, -(2.0**60), 3.0]
+    running = _Running(api.get("ties").reductions[1], Sum(scope="tensor", size=geometry.size), 0)
+    for task in order:
+        low, high = task * BLOCK, (task + 1) * BLOCK
+        running.add(values[:, low:high], low, high, geometry)
+    assert running.total().tolist() == [3.0]
 
 
 def test_passes_begin_as_early_as_they_can() -> None:

@@ -59,6 +59,14 @@ def test_trim_keeps_the_largest() -> None:
     assert trim(deltas, None, uniform) is deltas
 
 
+def test_a_random_number_equal_to_the_share_drops() -> None:
+    """Numbers lie in [0, 1): a share of 0 keeps none, a share of 1/2 those below it."""
+    deltas = f32([1, -1, 1, 1])
+    cut = KthLargest.whole((abs(deltas), np.array([2])))
+    assert trim(deltas, cut, f32([0.5, 0.5 - 2.0**-24, 0.0, 0.5 + 2.0**-24])).tolist() == [[0, -1, 1, 0]]
+    assert drop(deltas, column(0.5), f32([0.5, 0.5 - 2.0**-24, 0.0, 1.0 - 2.0**-24])).tolist() == [[0, -1, 1, 0]]
+
+
 def test_drop() -> None:
     deltas, uniform = f32([1, 2, 3]), f32([0.0, 0.5, 0.49])
     assert drop(deltas, column(0.5), uniform).tolist() == [[1, 0, 3]]
