@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint sweep bench clean
+.PHONY: demo test lint sweep mutants bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -18,6 +18,9 @@ lint: $(VENV)/.test
 
 sweep: $(VENV)/.test
 	$(BIN)/pytest -m sweep
+
+mutants: $(VENV)/.test
+	$(BIN)/python tests/mutation/mutants.py
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/merge.py

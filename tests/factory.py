@@ -261,6 +261,38 @@ def process(
     return Done(done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding))
 
 
+USAGE, INPUT, STORAGE, NUMERIC = 2, 3, 4, 5
+"""Exit codes."""
+
+
+def refused(
+    folder: Path, tree: Any, *words: object, code: int, says: list[str], out: str = "out", problems: int = 1
+) -> str:
+    """Demand that a merge is refused with `code`, saying all of `says`, and that the disk is as it was."""
+    path = recipe(folder / "recipe.yml", tree)
+    before = snapshot(folder)
+    done = smelt("merge", path, folder / out, *words)
+    assert done.code == code, done.text
+    assert snapshot(folder) == before
+    assert "Traceback" not in done.text
+    assert "defect" not in done.text
+    for said in says:
+        assert said in done.err, f"{said!r} is not in:\n{done.err}"
+    assert done.err.count("error: ") == problems, done.err
+    if problems > 1:
+        assert f"{problems} problems; nothing was written" in done.err
+    told = smelt("merge", path, folder / out, *words, "--json").json
+    assert (told["ok"], told["exit_code"], len(told["problems"])) == (False, code, problems)
+    assert all(problem["message"] and isinstance(problem["where"], list) for problem in told["problems"])
+    return done.err
+
+
+def accepted(folder: Path, tree: Any, *words: object, out: str = "out") -> Done:
+    done = smelt("merge", recipe(folder / "recipe.yml", tree), folder / out, *words)
+    assert done.code == 0, done.text
+    return done
+
+
 # --- what is on the disk --------------------------------------------------------------------------------------------
 
 

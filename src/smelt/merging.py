@@ -90,8 +90,9 @@ def prepare(
     check_numbers(workers=workers, tile=tile)
     beside = None
     if isinstance(recipe, str | Path):
-        beside = Path(os.path.realpath(recipe)).parent
-        recipe = load(Path(recipe))
+        path = Path(recipe)
+        recipe = load(path)
+        beside = Path(os.path.realpath(path)).parent
     elif not isinstance(recipe, Recipe):
         recipe = from_dict(recipe)
     with ExitStack() as stack:
@@ -208,15 +209,20 @@ def merge(
         if on_plan is not None:
             on_plan(prepared)
         with Build.start(out, shards, overwrite=overwrite) as folder:
-            done = run(
-                plan,
-                sources,
-                folder,
-                workers=workers,
-                tile=tile,
-                allow_nonfinite="nonfinite" in allowed or "nonfinite" in prepared.recipe.allow,
-                progress=progress,
-            )
+            try:
+                done = run(
+                    plan,
+                    sources,
+                    folder,
+                    workers=workers,
+                    tile=tile,
+                    allow_nonfinite="nonfinite" in allowed or "nonfinite" in prepared.recipe.allow,
+                    progress=progress,
+                )
+            except BaseException:
+                for source in sources:
+                    source.close()  # where descriptors ran out, removing the build needs some of theirs
+                raise
             hashes = {
                 (i, info.name): known
                 for i, source in enumerate(sources)
@@ -295,6 +301,7 @@ def _papers(prepared: Prepared, *, name: str) -> dict[str, bytes]:
     public = canonical(prepared.recipe, rename=published_names(prepared))
     donor_card = models[plan.donor].source.bytes(CARD)
     papers["mergekit_config.yml"] = to_yaml(public).encode()
+    name = name.encode("utf-8", "replace").decode()  # a file name need not be text
     papers[CARD] = card(plan, name=name, recipe=public, donor_card=donor_card, has_config="config.json" in papers)
     return papers
 

@@ -17,9 +17,21 @@ import numpy as np
 import pytest
 
 import factory
-from factory import Array, config, linear, llama, model, recipe, smelt, snapshot
-
-USAGE, INPUT, STORAGE, NUMERIC = 2, 3, 4, 5
+from factory import (
+    INPUT,
+    NUMERIC,
+    USAGE,
+    Array,
+    accepted,
+    config,
+    linear,
+    llama,
+    model,
+    recipe,
+    refused,
+    smelt,
+    snapshot,
+)
 
 
 @pytest.fixture
@@ -27,34 +39,6 @@ def folder(tmp_path: Path) -> Path:
     """A folder with two sound models, m0 and m1, of two layers."""
     factory.llamas(tmp_path, 2)
     return tmp_path
-
-
-def refused(
-    folder: Path, tree: Any, *words: object, code: int, says: list[str], out: str = "out", problems: int = 1
-) -> str:
-    """Demand that a merge is refused with `code`, saying all of `says`, and that the disk is as it was."""
-    path = recipe(folder / "recipe.yml", tree)
-    before = snapshot(folder)
-    done = smelt("merge", path, folder / out, *words)
-    assert done.code == code, done.text
-    assert snapshot(folder) == before
-    assert "Traceback" not in done.text
-    assert "defect" not in done.text
-    for said in says:
-        assert said in done.err, f"{said!r} is not in:\n{done.err}"
-    assert done.err.count("error: ") == problems, done.err
-    if problems > 1:
-        assert f"{problems} problems; nothing was written" in done.err
-    told = smelt("merge", path, folder / out, *words, "--json").json
-    assert (told["ok"], told["exit_code"], len(told["problems"])) == (False, code, problems)
-    assert all(problem["message"] and isinstance(problem["where"], list) for problem in told["problems"])
-    return done.err
-
-
-def accepted(folder: Path, tree: Any, *words: object, out: str = "out") -> factory.Done:
-    done = smelt("merge", recipe(folder / "recipe.yml", tree), folder / out, *words)
-    assert done.code == 0, done.text
-    return done
 
 
 def changed(folder: Path, name: str, change: Callable[[dict[str, Array]], object], **settings: Any) -> Path:
@@ -619,115 +603,6 @@ def test_the_base_is_the_base_however_it_is_spelt(folder: Path, name: str) -> No
 def test_a_base_counted_as_a_model_is_seen_before_anything_is_written(folder: Path) -> None:
     tree = linear("./m0", "m1", merge_method="model_stock", base_model="m0", parameters={})
     refused(folder, tree, code=USAGE, says=["model_stock takes at least 2 models besides the base, not 1"])
-
-
-# --- the output -----------------------------------------------------------------------------------------------------
-
-
-def test_outputs_that_cannot_be_made(folder: Path) -> None:
-    (folder / "file").write_text("x")
-    os.symlink("nowhere", folder / "dangling")
-    (folder / "full").mkdir()
-    (folder / "full" / "notes.txt").write_text("mine")
-    os.mkfifo(folder / "pipe")
-    tree = linear("m0", "m1")
-    for out, says in {
-        "file": "the output exists and is not a folder",
-        "pipe": "the output exists and is not a folder",
-        "dangling": "the output is a link that leads nowhere",
-        "full": "the output folder is not empty",
-        "file/below": "is not a folder",
-        "m0": "the output folder is an input",
-        "m0/new": "the output folder lies in an input",
-        "m0/a/b/c": "the output folder lies in an input",
-        ".": "the output folder holds an input",
-    }.items():
-        path = recipe(folder / "recipe.yml", tree)
-        before = snapshot(folder)
-        done = smelt("merge", path, folder / out)
-        assert (done.code, snapshot(folder)) == (STORAGE, before), (out, done.text)
-        assert says in done.err, (out, done.err)
-        assert "fix: " in done.err
-
-
-@pytest.mark.parametrize("out", ["m0", "m0/new", "."])
-def test_overwrite_never_touches_an_input(folder: Path, out: str) -> None:
-    refused(folder, linear("m0", "m1"), "--overwrite", code=STORAGE, says=["an input", "fix: "], out=out)
-
-
-def test_an_input_behind_a_link_is_an_input(folder: Path) -> None:
-    os.symlink("m0", folder / "link")
-    refused(folder, linear("link", "m1"), "--overwrite", code=STORAGE, says=["is an input"], out="m0")
-    refused(folder, linear("m0", "m1"), "--overwrite", code=STORAGE, says=["is an input"], out="link")
-
-
-def test_a_model_that_only_gives_the_tokenizer_is_an_input(folder: Path) -> None:
-    vocabulary = '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}'
-    model(folder / "words", llama(), config(), files={"tokenizer.json": vocabulary})
-    tree = linear("m0", "m1", tokenizer_source="words")
-    refused(folder, tree, "--overwrite", code=STORAGE, says=["is an input"], out="words")
-    accepted(folder, tree)
-    assert (folder / "out" / "tokenizer.json").read_text() == vocabulary
-
-
-def test_a_recipe_inside_the_output_is_an_input(folder: Path) -> None:
-    accepted(folder, linear("m0", "m1"))
-    mine = recipe(folder / "out" / "mine.yml", linear(folder / "m0", folder / "m1"))
-    before = snapshot(folder)
-    done = smelt("merge", mine, folder / "out", "--overwrite")
-    assert done.code == STORAGE
-    assert "the output folder holds an input" in done.err
-    assert "mine.yml" in done.err
-    assert snapshot(folder) == before
-
-
-def test_single_files_may_lie_beside_the_output(folder: Path) -> None:
-    for i in range(2):
-        (folder / f"w{i}.safetensors").write_bytes(factory.file(llama(seed=i)))
-    tree = linear("./w0.safetensors", "./w1.safetensors")
-    accepted(folder, tree)
-    refused(folder, tree, "--overwrite", code=STORAGE, says=["holds an input"], out=".")
-    refused(folder, tree, "--overwrite", code=STORAGE, says=["is an input"], out="w0.safetensors")
-
-
-def test_overwrite_replaces_a_folder_whole(folder: Path) -> None:
-    (folder / "out").mkdir()
-    (folder / "out" / "stale.safetensors").write_bytes(b"old")
-    accepted(folder, linear("m0", "m1"), "--overwrite")
-    assert not (folder / "out" / "stale.safetensors").exists()
-    assert smelt("verify", folder / "out").code == 0
-    assert {path.name for path in folder.iterdir()} == {"m0", "m1", "out", "recipe.yml"}
-
-
-def test_an_empty_output_folder_is_taken(folder: Path) -> None:
-    (folder / "out").mkdir()
-    accepted(folder, linear("m0", "m1"))
-
-
-# --- small files of the donor: read before the work begins ------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "spoil", "says"),
-    [
-        ("tokenizer.json", lambda path: os.symlink("/etc/passwd", path), "leaves the model's folder"),
-        ("LICENSE", lambda path: os.symlink("../recipe.yml", path), "leaves the model's folder"),
-        ("merges.txt", lambda path: (path.touch(), os.truncate(path, 100 << 20)), "too large"),
-    ],
-)
-def test_what_cannot_be_copied_is_told_before_anything_is_written(
-    folder: Path, name: str, spoil: Callable[[Path], Any], says: str
-) -> None:
-    recipe(folder / "recipe.yml", linear("m0", "m1"))
-    spoil(folder / "m0" / name)
-    err = refused(folder, linear("m0", "m1"), code=INPUT, says=[says, name])
-    assert "tensors, " not in err  # not even the plan is announced
-
-
-def test_a_card_in_an_old_encoding_is_no_obstacle(folder: Path) -> None:
-    (folder / "m0" / "README.md").write_bytes("---\nlicense: mit\nauthor: Jos\xe9\n---\n".encode("latin-1"))
-    accepted(folder, linear("m0", "m1"))
-    assert "license: mit\n" in (folder / "out" / "README.md").read_text()
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

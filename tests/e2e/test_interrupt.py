@@ -61,7 +61,7 @@ def start(models: Path, out: Path, *words: str) -> subprocess.Popen[str]:
         assert running.poll() is None, running.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    time.sleep(0.2)
+    time.sleep(0.05)
     assert running.poll() is None, "the models are too small to interrupt their merge"
     assert build.exists()
     return running

@@ -380,6 +380,23 @@ def test_notes_name_no_local_path(tmp_path: Path) -> None:
     assert_nothing_local(tmp_path / "out", tmp_path)
 
 
+def test_a_method_file_is_named_without_its_folder(tmp_path: Path) -> None:
+    code = tmp_path / "private" / "mine.py"
+    code.parent.mkdir()
+    code.write_text(
+        "from smelt.methods.api import Method, register\n\n\n"
+        '@register("mine_of_outputs", source="nowhere")\nclass Mine(Method):\n'
+        '    """Take the first."""\n\n    def tile(self, x):\n        return x[0]\n'
+    )
+    models = factory.llamas(tmp_path, 2)
+    tree = linear(*models, merge_method="mine_of_outputs", methods=[str(code)], parameters={})
+    out = merged(tmp_path, tree, "--trust-methods")
+    assert_nothing_local(out, tmp_path)
+    record = json.loads((out / "smelt.json").read_text())
+    assert record["method_files"] == {"mine.py": hashlib.sha256(code.read_bytes()).hexdigest()}
+    assert yaml((out / "mergekit_config.yml").read_text())["methods"] == ["mine.py"]
+
+
 # --- the hub cache ----------------------------------------------------------------------------------------------------
 
 COMMITS = ("1" * 40, "2" * 40)
@@ -575,7 +592,8 @@ def test_every_command_speaks_json(tmp_path: Path) -> None:
     merge = smelt("merge", path, tmp_path / "out", "--json")
     verify = smelt("verify", tmp_path / "out", "--json")
     methods, one = smelt("methods", "--json"), smelt("methods", "ties", "--json")
-    for done in (plan, merge, verify, methods, one):
+    check, schema = smelt("check", path, "--json"), smelt("schema")
+    for done in (plan, merge, verify, methods, one, check, schema):
         assert (done.code, done.err) == (0, "")
         assert done.json
     assert merge.json["ok"] is verify.json["ok"] is True

@@ -1,7 +1,8 @@
 """Places where one small change of the source text gives another program: the mutants of a file.
 
-A change replaces a stretch of bytes; line numbers stay. Left out are annotations, docstrings, `if TYPE_CHECKING`, what is
-inside `raise`, log calls and f-strings (texts for people), options of dataclass and cache decorators, and `zip(strict=)`.
+A change replaces a stretch of bytes; line numbers stay. Left out are annotations, docstrings, `if TYPE_CHECKING`, what
+is inside `raise`, log calls and f-strings (texts for people), options of dataclass and cache decorators, and
+`zip(strict=)`.
 """
 
 from __future__ import annotations

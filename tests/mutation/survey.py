@@ -2,8 +2,8 @@
 
     python survey.py ROOT OUT
 
-ROOT is a copy of the repository, OUT the file that is written (JSON). `Chosen` and `settle` are used by `server.py` too,
-so that tests run in the same way under the survey and with a mutant.
+ROOT is a copy of the repository, OUT the file that is written (JSON). `Chosen` and `settle` are used by `server.py`
+too, so that tests run in the same way under the survey and with a mutant.
 """
 
 from __future__ import annotations

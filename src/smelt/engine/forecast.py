@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from smelt.engine.reducing import bind, schedule
 from smelt.engine.run import KEEP_BYTES, default_workers
-from smelt.engine.tensor import bind, schedule
 from smelt.engine.tiles import DEFAULT_TILE, Geometry
 from smelt.planning.entries import Action, Entry, Plan
 from smelt.specs import Grain

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from smelt.engine.kernels import DEFINITIONS, fused
 from smelt.engine.tensor import Budget, Settings, Sink, TensorResult, TensorRun
 from smelt.engine.tiles import DEFAULT_TILE, Scratch
 from smelt.errors import InputError, SmeltError, raise_all
@@ -25,6 +26,8 @@ from smelt.storage.checkpoint import TensorSource
 KEEP_BYTES = 96 << 20
 """Stored bytes that multi-pass tensors may keep in memory, all together."""
 
+WORTH_KERNELS = 64 << 20
+"""Input bytes from which on loading the compiled kernels (half a second) is repaid."""
 _COMPARE = 1 << 20
 """Bytes compared at a time."""
 
@@ -56,12 +59,14 @@ def run(
     workers: int | None = None,
     tile: int | None = None,
     allow_nonfinite: bool = False,
+    kernels: bool | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
     """Carry out a plan: read `sources` (one per model of the plan), write every tensor into `sink`.
 
-    The result does not depend on `workers` (threads) or `tile` (elements a method sees at once). Raises the first
-    error of any worker; KeyboardInterrupt stops the workers and is passed on.
+    The result does not depend on `workers` (threads), `tile` (elements a method sees at once) or `kernels` (whether
+    compiled ones are used; None: if the merge is large enough to repay loading them). Raises the first error of any
+    worker; KeyboardInterrupt stops the workers and is passed on.
     """
     settings = Settings(
         workers=workers or default_workers(),
@@ -69,6 +74,7 @@ def run(
         seed=plan.seed,
         keep_bytes=KEEP_BYTES,
         allow_nonfinite=allow_nonfinite,
+        kernels=fused() if kernels or (kernels is None and plan.input_bytes >= WORTH_KERNELS) else DEFINITIONS,
     )
     started = time.perf_counter()
     crew = _Crew(plan, sources, sink, settings)

@@ -15,7 +15,10 @@ import numpy as np
 import xxhash
 
 from smelt import dtypes
-from smelt.engine.rng import key, uniform
+from smelt.engine.given import Given
+from smelt.engine.kernels import DEFINITIONS, Kernels
+from smelt.engine.reducing import Running, bind, schedule
+from smelt.engine.rng import key
 from smelt.engine.tiles import Geometry, Scratch
 from smelt.errors import NumericError, RecipeError
 from smelt.methods import api
@@ -46,6 +49,7 @@ class Settings:
     seed: int
     keep_bytes: int
     allow_nonfinite: bool = False
+    kernels: Kernels = DEFINITIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ class TensorRun:
         grain = self._method.grain if self._method else api.Grain.ELEMENT
         self.geometry = Geometry.of(entry.shape, grain, tile=settings.tile)
         self._reductions = schedule(self._method.active()) if self._method else []
-        self._running: list[_Running] = []
+        self._running: list[Running] = []
         self._reduction_passes = max((start + r.reducer.rounds for start, r in self._reductions), default=0)  # type: ignore[attr-defined]
         aligned = entry.dtype.nbytes(self.geometry.task * 8) % (8 * DIGEST_BLOCK) == 0
         self._digest_inline = aligned or self.geometry.tasks == 1
@@ -169,7 +173,7 @@ class TensorRun:
         for start, reduction in self._reductions:
             if start == number:
                 reducer = reduction.reducer(scope=reduction.scope, size=self.geometry.size)
-                going.append(_Running(reduction, reducer, start))
+                going.append(Running(reduction, reducer, start))
         self._running = going
         if not self._reduction_passes and self._method:
             self._derive()
@@ -187,9 +191,8 @@ class TensorRun:
         except Undefined as error:
             raise self._undefined(str(error)) from error
 
-    def _checked(self, values: Any, given: Mapping[str, Any]) -> Any:
-        """A tile's result as a flat float32 array, in the shape of the tile it was given."""
-        shape = given["x"].shape[1:]
+    def _checked(self, values: Any, shape: tuple[int, ...]) -> Any:
+        """A tile's result as a flat float32 array; it must have the shape of the tile."""
         if not isinstance(values, np.ndarray) or values.dtype != np.float32 or values.shape != shape:
             raise self._misused(type(self._method).tile, described(values), f"return an array, float32 {list(shape)}")
         return np.ascontiguousarray(values).reshape(-1)
@@ -219,68 +222,75 @@ class TensorRun:
             raw.append(buffer)
         return raw, read
 
-    def _arguments(
-        self, wanted: set[str], raw: list[Any], start: int, offset: int, count: int, scratch: Scratch
-    ) -> dict[str, Any]:
-        """What a method's function asks for, for `count` elements at `offset` of a task that begins at `start`."""
-        entry = self.entry
-        given: dict[str, Any] = {"size": self.geometry.size, **self._results}
-        n = len(entry.inputs)
-        x = scratch.array("x", (n, count), np.float32)
-        base = None
-        for i, source in enumerate(entry.sources):
+    def _given(self, raw: Sequence[Any], task_start: int, low: int, high: int, scratch: Scratch) -> Given:
+        """What the method's functions are given for elements [low, high) of the tensor."""
+        stored = []
+        for source, data in zip(self.entry.sources, raw, strict=True):
             dtype = source.tensor.dtype
-            piece = raw[i][dtype.nbytes(offset) : dtype.nbytes(offset + count)]
-            target = x[i] if i < n else scratch.array("base", (count,), np.float32)
-            dtypes.decode(piece, dtype, target)
-            if i == n:
-                base = target
-
-        def view(flat: Any) -> Any:
-            shown = self.geometry.view(flat).view()
-            shown.flags.writeable = False  # a method must not change what the next function of the pass is given
-            return shown
-
-        given["x"] = view(x)
-        given["base"] = None if base is None else view(base)
-        if wanted & {"deltas", "vectors"}:
-            deltas = x
-            if base is not None:
-                deltas = x if "x" not in wanted else scratch.array("deltas", (n, count), np.float32)
-                np.subtract(x, base, out=deltas)
-            given["deltas"] = given["vectors"] = view(deltas)
-        if "uniform" in wanted:
-            numbers = scratch.array("uniform", (n, count), np.float32)
-            for i, stream in enumerate(self._streams):
-                uniform(stream, start + offset, start + offset + count, out=numbers[i])
-            given["uniform"] = view(numbers)
-        return given
+            stored.append((data[dtype.nbytes(low - task_start) : dtype.nbytes(high - task_start)], dtype))
+        return Given(
+            stored,
+            has_base=self.entry.base is not None,
+            start=low,
+            count=high - low,
+            geometry=self.geometry,
+            streams=self._streams,
+            results=self._results,
+            scratch=scratch,
+            kernels=self._settings.kernels,
+        )
 
     def _reduce(self, number: int, start: int, stop: int, scratch: Scratch) -> int:
         raw, read = self._raw(number, start, stop, scratch)
-        wanted = {name for running in self._running for name in running.reduction.arguments}
         with np.errstate(all="ignore"):
             for low, high in self.geometry.tile_spans(start, stop):
-                given = self._arguments(wanted, raw, start, low - start, high - low, scratch)
+                given = self._given(raw, start, low, high, scratch)
                 for running in self._running:
-                    values = self._call(running.reduction.function, running.reduction.arguments, given)
-                    if problem := running.reducer.refuses(values, given["x"].ndim):
-                        raise self._misused(running.reduction.function, *problem)
-                    running.add(values, low, high, self.geometry)
+                    if not self._reduce_by_kernel(running, raw, start, given, scratch):
+                        values = self._call(running.reduction.function, running.reduction.arguments, given)
+                        if problem := running.reducer.refuses(values, len(given.shape) + 1):
+                            raise self._misused(running.reduction.function, *problem)
+                        partial = self._settings.kernels.partials.get(type(running.reducer))
+                        running.add(values, low, high, self.geometry, kernel=partial)
         return read
+
+    def _reduce_by_kernel(
+        self, running: Running, raw: Sequence[Any], start: int, given: Given, scratch: Scratch
+    ) -> bool:
+        """Let a kernel make the partial results of a tile from the stored bytes; False where there is none."""
+        kernel = self._settings.kernels.functions.get((self.entry.method, running.reduction.name))
+        if kernel is None:
+            return False
+        if not running.reducer.ordered:
+            partial = kernel(self._method, given, running.reducer)
+            if partial is None:
+                return False
+            running.fold(partial)
+            return True
+        block = self.geometry.block
+        for low in range(given.start, given.start + given.count, block):
+            high = min(low + block, given.start + given.count)
+            partial = kernel(self._method, self._given(raw, start, low, high, scratch), running.reducer)
+            if partial is None:
+                return False
+            running.fold(partial, block=low // block)
+        return True
 
     def _write(self, start: int, stop: int, scratch: Scratch) -> int:
         entry = self.entry
         raw, read = self._raw(self._reduction_passes, start, stop, scratch)
-        wanted = set(self._method.info.tile_arguments)
         out = scratch.array("out", (entry.dtype.nbytes(stop - start),), np.uint8)
+        kernel = self._settings.kernels.functions.get((entry.method, "tile"))
         with np.errstate(all="ignore"):
             for low, high in self.geometry.tile_spans(start, stop):
                 offset, count = low - start, high - low
-                given = self._arguments(wanted, raw, start, offset, count, scratch)
-                values = self._call(type(self._method).tile, self._method.info.tile_arguments, given)
+                given = self._given(raw, start, low, high, scratch)
+                values = kernel(self._method, given) if kernel is not None else None
+                if values is None:
+                    values = self._call(type(self._method).tile, self._method.info.tile_arguments, given)
+                    values = self._checked(values, given.shape)
                 piece = out[entry.dtype.nbytes(offset) : entry.dtype.nbytes(offset + count)]
-                dtypes.encode(self._checked(values, given), entry.dtype, piece)
+                self._settings.kernels.encode(values, entry.dtype, piece)
                 self._count_nonfinite(piece, raw, offset, count, start)
         self._sink.write(entry.name, entry.dtype.nbytes(start), memoryview(out))
         self._digest(entry.dtype.nbytes(start), out)
@@ -350,65 +360,3 @@ class TensorRun:
         for low in range(0, len(view), DIGEST_BLOCK):
             self._digests[(start + low) // DIGEST_BLOCK] = xxhash.xxh3_128_digest(view[low : low + DIGEST_BLOCK])
         return 0
-
-
-class _Running:
-    """A reduction of one tensor in progress: partial results wait here until their turn comes."""
-
-    def __init__(self, reduction: api.Reduction, reducer: Any, start: int) -> None:
-        self.reduction = reduction
-        self.reducer = reducer
-        self.start = start
-        self._lock = threading.Lock()
-        self.reset()
-
-    def reset(self) -> None:
-        self._sum: Any = None
-        self._next = 0
-        self._waiting: dict[int, Any] = {}
-
-    def add(self, values: Any, low: int, high: int, geometry: Geometry) -> None:
-        """Take the values of the tile [low, high)."""
-        if not self.reducer.ordered:
-            partial = self.reducer.partial(values)
-            with self._lock:
-                self._sum = self.reducer.fold(self._sum, partial)
-            return
-        for block, first, last in geometry.blocks(low, high):
-            partial = self.reducer.partial(_slice(values, first, last, geometry.block_axis))
-            with self._lock:
-                self._waiting[block] = partial
-                while self._next in self._waiting:
-                    self._sum = self.reducer.fold(self._sum, self._waiting.pop(self._next))
-                    self._next += 1
-
-    def total(self) -> Any:
-        assert not self._waiting
-        return self._sum
-
-
-def _slice(values: Any, first: int, last: int, axis: int) -> Any:
-    if isinstance(values, tuple):
-        return tuple(_slice(value, first, last, axis) for value in values)
-    return values[..., first:last] if axis == -1 else values[..., first:last, :]
-
-
-def bind(entry: Entry) -> Any:
-    """The entry's method with its settings, its per-model fields shaped for the tensor's tiles."""
-    info = api.get(entry.method)
-    with answerable(info, at=f"at tensor '{entry.name}'"):
-        method = info.type(entry.values, models=len(entry.inputs))
-        if method.grain is api.Grain.TENSOR:
-            method.shape_fields(1 + len(entry.shape))
-    return method
-
-
-def schedule(reductions: Sequence[api.Reduction]) -> list[tuple[int, api.Reduction]]:
-    """The pass in which each reduction begins: as early as what it asks for allows."""
-    ends: dict[str, int] = {}
-    placed = []
-    for reduction in reductions:
-        start = max((ends.get(name, 0) for name in reduction.arguments), default=0)
-        ends[reduction.name] = start + reduction.reducer.rounds  # type: ignore[attr-defined]
-        placed.append((start, reduction))
-    return placed

@@ -60,13 +60,9 @@ def card(plan: Plan, *, name: str, recipe: Mapping[str, Any], donor_card: bytes 
 
 
 def _role(index: int, plan: Plan) -> str:
-    roles = []
-    if index == plan.base:
-        roles.append("base")
-    if index == plan.donor:
-        roles.append("config")
-    if plan.models[index].published == plan.tokenizer:
-        roles.append("tokenizer")
+    gives = ["config"] if index == plan.donor else []
+    gives += ["tokenizer"] if plan.models[index].published == plan.tokenizer else []
+    roles = [*(["base"] if index == plan.base else []), *([" and ".join(gives)] if gives else [])]
     return ", ".join(roles) or "model"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smelt.methods.api import Array, Method, per_model, register, required, scalar
+from smelt.methods.api import Array, Method, derive, per_model, register, required, scalar
 from smelt.methods.stages import TINY, weighted_sum
 
 
@@ -34,6 +34,10 @@ class Linear(Method):
             what = "the weights sum to 0, and normalize divides by their sum"
             raise ValueError(what, "set `normalize: false`, or give other weights")
 
-    def tile(self, x: Array) -> Array:
-        weight = self.weight / self.weight.sum() if self.normalize else self.weight
-        return weighted_sum(x, weight)
+    @derive
+    def coefficients(self) -> Array:
+        weight = self.weight.reshape(-1)
+        return weight / weight.sum() if self.normalize else weight
+
+    def tile(self, x: Array, coefficients: Array) -> Array:
+        return weighted_sum(x, coefficients)

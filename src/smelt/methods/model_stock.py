@@ -43,8 +43,13 @@ class ModelStock(Method):
         return deltas
 
     @derive
-    def ratio(self, products: Array) -> Array:
-        return None if products is None else self._ratio(products)
+    def coefficients(self, products: Array) -> Array:
+        return None if products is None else self._coefficients(products)
+
+    def _coefficients(self, products: Array) -> Array:
+        """What each task vector is multiplied by: t / n, [n, ...]."""
+        xp = array_namespace(products)
+        return xp.stack([self._ratio(products) / self.n] * self.n)
 
     def _ratio(self, products: Array) -> Array:
         """[n, n, ...] inner products of the task vectors -> t [...]."""
@@ -61,7 +66,7 @@ class ModelStock(Method):
         near = xp.abs(below) < 1e-6
         return xp.where(near, xp.zeros_like(below), n * cosine / xp.where(near, xp.ones_like(below), below))
 
-    def tile(self, base: Array, deltas: Array, ratio: Array) -> Array:
+    def tile(self, base: Array, deltas: Array, coefficients: Array) -> Array:
         if self.grain is Grain.ROW:
-            ratio = self._ratio(gram(list(deltas), axis=-1))[..., None]
-        return weighted_sum(deltas, [ratio / self.n] * self.n, start=base)
+            coefficients = self._coefficients(gram(list(deltas), axis=-1))[..., None]
+        return weighted_sum(deltas, coefficients, start=base)

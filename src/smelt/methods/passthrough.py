@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smelt.methods.api import Array, Method, per_model, register
+from smelt.methods.api import Array, Method, derive, per_model, register
 from smelt.methods.stages import weighted_sum
 
 
@@ -31,5 +31,9 @@ class Passthrough(Method):
     def copies(self) -> bool:
         return bool((self.scale == 1.0).all())
 
-    def tile(self, x: Array) -> Array:
-        return weighted_sum(x, self.scale)
+    @derive
+    def coefficients(self) -> Array:
+        return self.scale.reshape(-1)
+
+    def tile(self, x: Array, coefficients: Array) -> Array:
+        return weighted_sum(x, coefficients)

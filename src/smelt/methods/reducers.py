@@ -29,7 +29,7 @@ class Reducer(Protocol):
     """True: partials are taken block by block and folded in block order. False: any cut and order gives the same."""
 
     def refuses(self, values: Any, ndim: int) -> tuple[str, str] | None:
-        """For a tile of `ndim` dimensions: what a reduction gave, and what it is to give instead; None if it is well."""
+        """For a tile of `ndim` dimensions: what a reduction gave, and what it should give; None if it is well."""
 
     def partial(self, values: Any) -> Any: ...
 
@@ -53,6 +53,25 @@ def described(values: Any) -> str:
     return "None" if values is None else f"a {type(values).__name__}"
 
 
+LANES = 256
+"""Running sums side by side: element j of a block is added to lane j mod 256, and the lanes are added at the end.
+
+So the order of additions, and with it every bit, is the same in a library's sum over the rows and in a kernel's loop.
+"""
+
+
+def _lanes(values: Array) -> Array:
+    """Sum float64 or float32 values [..., t] by lanes: [..., 256] in float64."""
+    xp = array_namespace(values)
+    whole = values.shape[-1] // LANES * LANES
+    rows = xp.reshape(values[..., :whole], (*values.shape[:-1], -1, LANES))
+    lanes = xp.sum(rows, axis=-2, dtype=xp.float64)
+    rest = values.shape[-1] - whole
+    if rest:
+        lanes[..., :rest] += values[..., whole:]
+    return lanes
+
+
 class Sum:
     """Σ of the values over all elements, per model, in float64: values [n, t] -> [n] (column scope: [n, width])."""
 
@@ -60,7 +79,7 @@ class Sum:
     ordered: ClassVar[bool] = True
 
     def __init__(self, *, scope: str, size: int) -> None:
-        self._scope = scope
+        self.by_lanes = scope != "column"
         self._total: Any = None
 
     def refuses(self, values: Any, ndim: int) -> tuple[str, str] | None:
@@ -70,8 +89,9 @@ class Sum:
 
     def partial(self, values: Array) -> Array:
         xp = array_namespace(values)
-        axis = 1 if self._scope == "column" else tuple(range(1, values.ndim))
-        return xp.sum(values, axis=axis, dtype=xp.float64)
+        if not self.by_lanes:
+            return xp.sum(values, axis=1, dtype=xp.float64)
+        return _lanes(xp.reshape(values, (values.shape[0], -1)))
 
     def fold(self, total: Any, partial: Any) -> Any:
         return partial if total is None else total + partial
@@ -80,7 +100,7 @@ class Sum:
         self._total = total
 
     def finish(self) -> Array:
-        return self._total
+        return array_namespace(self._total).sum(self._total, axis=-1) if self.by_lanes else self._total
 
     @staticmethod
     def whole(values: Array) -> Array:
@@ -111,7 +131,7 @@ class Gram:
     ordered: ClassVar[bool] = True
 
     def __init__(self, *, scope: str, size: int) -> None:
-        self._axis = 0 if scope == "column" else None
+        self.by_lanes = scope != "column"
         self._total: Any = None
 
     def refuses(self, values: Any, ndim: int) -> tuple[str, str] | None:
@@ -122,7 +142,16 @@ class Gram:
         return None if _dimensions(values) == ndim else (described(values), fix)
 
     def partial(self, values: Sequence[Array]) -> Array:
-        return gram(values, axis=self._axis)
+        if not self.by_lanes:
+            return gram(values, axis=0)
+        xp = array_namespace(values[0])
+        wide = [xp.astype(xp.reshape(vector, (-1,)), xp.float64) for vector in values]
+        k = len(wide)
+        rows: list[list[Array]] = [[None] * k for _ in range(k)]
+        for i in range(k):
+            for j in range(i, k):
+                rows[i][j] = rows[j][i] = _lanes(wide[i] * wide[j])
+        return xp.stack([xp.stack(row) for row in rows])
 
     def fold(self, total: Any, partial: Any) -> Any:
         return partial if total is None else total + partial
@@ -131,7 +160,7 @@ class Gram:
         self._total = total
 
     def finish(self) -> Array:
-        return self._total
+        return array_namespace(self._total).sum(self._total, axis=-1) if self.by_lanes else self._total
 
     @staticmethod
     def whole(values: Sequence[Array]) -> Array:
@@ -235,6 +264,10 @@ class _RadixSelect:
                 lower = (inside >> digit) & row.dtype.type(_BUCKETS - 1)
                 found[prefix] = np.bincount(lower.astype(np.intp), minlength=_BUCKETS)
         return [found[prefix] for prefix in prefixes.tolist()]
+
+    def prefixes(self, rows: int) -> Any:
+        """What the keys must begin with to be counted in this round, [rows, cuts]; no cuts in the first."""
+        return np.zeros((rows, 0), dtype=np.uint64) if self._round == 0 else self._prefix
 
     def fold(self, total: Any, partial: Any) -> Any:
         if total is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smelt.methods.api import Array, Method, per_model, register, required, scalar
+from smelt.methods.api import Array, Method, derive, per_model, register, required, scalar
 from smelt.methods.stages import LAMBDA, divisor, weighted_sum
 
 
@@ -34,6 +34,10 @@ class TaskArithmetic(Method):
     normalize: bool = scalar(False, doc="divide by the sum of the weights")
     lambda_: float = LAMBDA
 
-    def tile(self, base: Array, deltas: Array) -> Array:
+    @derive
+    def coefficients(self) -> Array:
         factor = self.lambda_ / divisor(self.weight) if self.normalize else self.lambda_
-        return weighted_sum(deltas, self.weight * factor, start=base)
+        return self.weight.reshape(-1) * factor
+
+    def tile(self, base: Array, deltas: Array, coefficients: Array) -> Array:
+        return weighted_sum(deltas, coefficients, start=base)

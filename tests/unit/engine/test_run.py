@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import xxhash
 
-from conformance.driver import BF16, F16, F32, F64, Memory, complete, merge, merge_tensors, plan_of, source
+from conformance.driver import BF16, F16, F32, F64, Memory, merge, merge_tensors, plan_of, source
 from smelt.engine import run as engine
+from smelt.engine.forecast import passes
 from smelt.engine.run import check_equal, default_workers, run
-from smelt.engine.tensor import Budget, _Running, bind, schedule
-from smelt.engine.tiles import BLOCK, Geometry
+from smelt.engine.tensor import Budget
+from smelt.engine.tiles import TASK
 from smelt.errors import InputError, ManyProblems, NumericError, SmeltError, StorageError
 from smelt.lineage.verify import tensor_digest
 from smelt.methods import api
-from smelt.methods.reducers import Sum
+from smelt.methods.api import Array, Method, Sum, reduce, register
 from smelt.planning.entries import Action
-from smelt.specs import Grain
 from smelt.storage.sources.memory import MemoryCheckpoint
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -269,13 +269,12 @@ def test_inputs_are_read_once_where_they_fit(method: str) -> None:
 
 def test_inputs_that_do_not_fit_are_read_for_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, sources = plan_of("ties", [BIG], BIG, values={"weight": (1.0,), "density": (0.5,)}, out=F32)
-    passes = 1 + max(start + r.reducer.rounds for start, r in schedule(bind(plan.entries[0]).active()))
-    assert passes == 3
+    assert passes(plan.entries[0]) == 3
     monkeypatch.setattr(engine, "KEEP_BYTES", 2 * BIG["big"].nbytes - 1)
     watched = [Watched(one) for one in sources]
     run(plan, watched, Memory(plan.entries), workers=2)
     for one in watched:
-        assert sum(stop - start for _, start, stop in one.reads) == passes * BIG["big"].nbytes
+        assert sum(stop - start for _, start, stop in one.reads) == 3 * BIG["big"].nbytes
 
 
 def test_the_budget() -> None:
@@ -414,24 +413,49 @@ def test_tensors_that_are_merged_may_differ() -> None:
 # Passes
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::5])
-def test_sums_are_folded_in_the_order_of_blocks(order: tuple[int, ...]) -> None:
-    """Whatever worker comes first. The numbers are such that another order gives another sum."""
-    geometry = Geometry.of((4 * BLOCK,), Grain.ELEMENT, tile=BLOCK)
-    values = np.zeros((1, 4 * BLOCK), dtype=np.float32)
-    values[0, ::BLOCK] = [2.0**60, 1.0, -(2.0**60), 3.0]
-    running = _Running(api.get("ties").reductions[1], Sum(scope="tensor", size=geometry.size), 0)
-    for task in order:
-        low, high = task * BLOCK, (task + 1) * BLOCK
-        running.add(values[:, low:high], low, high, geometry)
-    assert running.total().tolist() == [3.0]
-
-
 def test_passes_begin_as_early_as_they_can() -> None:
-    info = api.get("ties")
-    settings = complete(info, {"weight": (1.0,), "density": (0.5,), "rescale": True}, 1)
-    placed = {r.name: start for start, r in schedule(info.type(settings, models=1).active())}
-    assert placed == {"cut": 0, "whole": 0, "kept": 2}
+    """ties with rescale: the cut (two rounds) beside the whole norm, then the kept norm, then the result."""
+    x = {"w": np.ones(3, np.float32)}
+    for given, expected in (
+        ({"density": (1.0,)}, 1),
+        ({"density": (0.5,)}, 3),
+        ({"density": (0.5,), "rescale": True}, 4),
+    ):
+        plan, _ = plan_of("ties", [x], x, values={"weight": (1.0,), **given}, out=F32)
+        assert passes(plan.entries[0]) == expected
+
+
+def test_sums_are_folded_in_the_order_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever worker is first. The numbers are such that another order gives another sum."""
+
+    class Total(Method):
+        @reduce(Sum)
+        def total(self, x: Array) -> Array:
+            return x
+
+        def tile(self, x: Array, total: Array) -> Array:
+            return np.full(x.shape[1:], total[0], dtype=np.float32)
+
+    arrived = [threading.Event() for _ in range(4)]
+
+    class LastFirst(Watched):
+        """In the first pass a task's bytes come only after those of the next task."""
+
+        def read_into(self, spec: Any, start: int, stop: int, buffer: Any) -> None:
+            super().read_into(spec, start, stop, buffer)
+            task = start // (4 * TASK)
+            if task < 3 and arrived[task + 1].wait(5.0):
+                time.sleep(0.02)
+            arrived[task].set()
+
+    monkeypatch.setattr(api, "_REGISTRY", dict(api._REGISTRY))
+    register("a total", source="")(Total)
+    values = np.zeros(4 * TASK, dtype=np.float32)
+    values[::TASK] = [2.0**60, 1.0, -(2.0**60), 3.0]
+    plan, sources = plan_of("a total", [{"w": values}], None, values={}, out=F32)
+    sink = Memory(plan.entries)
+    run(plan, [LastFirst(sources[0])], sink, workers=4)
+    assert (sink.data["w"].view(np.float32) == 3.0).all()
 
 
 def test_a_reduction_that_is_not_needed_is_none() -> None:

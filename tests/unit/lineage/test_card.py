@@ -59,7 +59,7 @@ def test_front_matter() -> None:
 def test_roles() -> None:
     text = text_of()
     assert "| m1 | model |" in text
-    assert "| m0 | base, config, tokenizer |" in text
+    assert "| m0 | base, config and tokenizer |" in text
     elsewhere = text_of(renamed("m1", "m2", "m0", tokenizer="m1"))
     assert "| m1 | tokenizer |" in elsewhere
     assert "| m0 | base, config |" in elsewhere

@@ -8,11 +8,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import factory
 from factory import config, linear, llama
 from smelt.dtypes import BY_CODE
-from smelt.errors import InputError
+from smelt.errors import InputError, RecipeError
 from smelt.planning.anatomy import anatomy
 from smelt.planning.build import build
 from smelt.planning.companions import json_bytes, merged_config, small_files
@@ -219,3 +221,47 @@ def test_a_broken_tokenizer_config_is_told() -> None:
 
 def test_factory_and_this_agree() -> None:
     assert factory.opened(m0=(llama(), config()))["m0"].anatomy == one(config()).anatomy
+
+
+# --- configs that nobody would write ----------------------------------------------------------------------------------
+
+KEYS = [
+    *("num_hidden_layers", "vocab_size", "hidden_size", "tie_word_embeddings", "torch_dtype", "dtype", "layer_types"),
+    *(
+        "text_config",
+        "vision_config",
+        "auto_map",
+        "architectures",
+        "model_type",
+        "mlp_only_layers",
+        "is_encoder_decoder",
+    ),
+    *(
+        "num_nextn_predict_layers",
+        "num_hidden_groups",
+        "quantization_config",
+        "rope_parameters",
+        "_x",
+        "decoder_layers",
+    ),
+]
+SCALARS = st.none() | st.booleans() | st.integers(-3, 5) | st.floats(allow_nan=True) | st.sampled_from(["", "x", "4"])
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6), st.sampled_from(["models", "slices"]))
+def test_any_config_is_patched_or_refused(odd: dict[str, Any], form: str) -> None:
+    """Whatever a config holds, planning ends with a plan or with an error for people."""
+    tree = linear("m0", "m0", out_dtype="bfloat16") if form == "models" else stacked((0, 2), (1, 2))
+    tied = odd.get("tie_word_embeddings") is True
+    try:
+        found = patched(tree, model("m0", llama(tied=tied), config() | odd))
+    except (RecipeError, InputError):
+        return
+    assert found is not None
+    assert json.loads(json_bytes(found)) is not None

@@ -1,0 +1,51 @@
+"""Fused CPU kernels (numba). A kernel never adds meaning: each has an array definition whose bits it reproduces.
+
+Three kinds: element codecs and random numbers, partial results of reducers, and whole functions of methods that work
+on the stored bytes. Without numba everything works, by the definitions.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from smelt import dtypes
+from smelt.engine.rng import uniform
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What the engine calls for a tile.
+
+    `partials` maps a reducer's class to (reducer, values) -> partial; `functions` maps (method, function) to
+    (method, given, ...) -> result, or None where it does not apply and the method's own function is called.
+    """
+
+    decode: Callable[[Any, dtypes.DType, Any], None] = dtypes.decode
+    encode: Callable[[Any, dtypes.DType, Any], None] = dtypes.encode
+    uniform: Callable[[tuple[int, int], int, int, Any], Any] = uniform
+    partials: Mapping[type, Callable[[Any, Any], Any]] = field(default_factory=dict)
+    functions: Mapping[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
+
+
+DEFINITIONS = Kernels()
+"""No kernel at all: NumPy arrays and the methods' own functions."""
+
+
+@cache
+def fused() -> Kernels:
+    """The kernels, compiled when first called and cached on disk; the definitions where numba is not installed."""
+    if importlib.util.find_spec("numba") is None:
+        return DEFINITIONS
+    from smelt.engine.kernels import codecs, span, sums, task_vectors
+
+    return Kernels(
+        decode=codecs.decode,
+        encode=codecs.encode,
+        uniform=codecs.uniform,
+        partials=sums.PARTIALS,
+        functions={**span.FUNCTIONS, **task_vectors.FUNCTIONS},
+    )

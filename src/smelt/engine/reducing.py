@@ -1,0 +1,81 @@
+"""Reductions of one tensor in progress: when each begins, and the folding of partial results in block order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from smelt.engine.tiles import Geometry
+from smelt.methods import api
+from smelt.methods.loading import answerable
+from smelt.planning.entries import Entry
+
+
+class Running:
+    """A reduction in progress: partial results wait here until their turn comes."""
+
+    def __init__(self, reduction: api.Reduction, reducer: Any, start: int) -> None:
+        self.reduction = reduction
+        self.reducer = reducer
+        self.start = start
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a round."""
+        self._sum: Any = None
+        self._next = 0
+        self._waiting: dict[int, Any] = {}
+
+    def add(self, values: Any, low: int, high: int, geometry: Geometry, *, kernel: Any = None) -> None:
+        """Take the values of the tile [low, high); `kernel` stands in for the reducer's `partial`."""
+        make = self.reducer.partial if kernel is None else lambda part: kernel(self.reducer, part)
+        if not self.reducer.ordered:
+            self.fold(make(values))
+            return
+        for block, first, last in geometry.blocks(low, high):
+            self.fold(make(_slice(values, first, last, geometry.block_axis)), block=block)
+
+    def fold(self, partial: Any, *, block: int | None = None) -> None:
+        """Take a partial result: of a block in its turn, or of any part where the order does not matter."""
+        with self._lock:
+            if block is None:
+                self._sum = self.reducer.fold(self._sum, partial)
+                return
+            self._waiting[block] = partial
+            while self._next in self._waiting:
+                self._sum = self.reducer.fold(self._sum, self._waiting.pop(self._next))
+                self._next += 1
+
+    def total(self) -> Any:
+        """The folded result of the round, when every block has come."""
+        assert not self._waiting
+        return self._sum
+
+
+def _slice(values: Any, first: int, last: int, axis: int) -> Any:
+    if isinstance(values, tuple):
+        return tuple(_slice(value, first, last, axis) for value in values)
+    return values[..., first:last] if axis == -1 else values[..., first:last, :]
+
+
+def bind(entry: Entry) -> Any:
+    """The entry's method with its settings, its per-model fields shaped for the tensor's tiles."""
+    info = api.get(entry.method)
+    with answerable(info, at=f"at tensor '{entry.name}'"):
+        method = info.type(entry.values, models=len(entry.inputs))
+        if method.grain is api.Grain.TENSOR:
+            method.shape_fields(1 + len(entry.shape))
+    return method
+
+
+def schedule(reductions: Sequence[api.Reduction]) -> list[tuple[int, api.Reduction]]:
+    """The pass in which each reduction begins: as early as what it asks for allows."""
+    ends: dict[str, int] = {}
+    placed = []
+    for reduction in reductions:
+        start = max((ends.get(name, 0) for name in reduction.arguments), default=0)
+        ends[reduction.name] = start + reduction.reducer.rounds  # type: ignore[attr-defined]
+        placed.append((start, reduction))
+    return placed

@@ -1,0 +1,297 @@
+"""Mutation testing of the methods: change the source in one place, see whether a test notices.
+
+    make mutants                                   # or: .venv/bin/python tests/mutation/mutants.py
+    ... mutants.py --only '*/slerp.py' --number 20 # a quick look
+
+A fixed sample of the changes that `changes.py` finds is drawn, from each file in proportion. `survey.py` runs the
+suites once under coverage, to learn which tests touch a line. A mutant is given 25 of these, spread over files and
+functions, cheapest first; one that survives them is given more of those that touch its line. All runs in copies of the
+repository.
+The result is `docs/design/mutants.md`; why a survivor survives is written in `survivors.toml`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import base64
+import hashlib
+import json
+import os
+import queue
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from report import Row, write_report
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CHOSEN = 25
+"""Tests a mutant is given first."""
+MORE_SECONDS = 20.0
+"""Measured time of the further tests that a survivor is given."""
+LIMIT = 60.0
+"""Seconds after which a mutant counts as one that does not end."""
+LEAST = 3
+"""Changes taken from every file at least, where it has so many."""
+LEFT_OUT = (".*", "__pycache__", "node_modules", "out", "dist", "build", "benchmarks")
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one run without a mutant has shown."""
+
+    tests: tuple[str, ...]
+    seconds: tuple[float, ...]
+    failed: tuple[str, ...]
+    touched: dict[str, dict[int, list[int]]]
+    """file -> line -> tests."""
+
+
+def main() -> int:
+    arguments = _arguments()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        state = Path(arguments.state or name).resolve()
+        roots = [state / f"copy{i}" for i in range(arguments.jobs)]
+        for source, root in zip([ROOT, *roots], roots, strict=False):  # a copy of the copy: the sources may change
+            _copy(source, root)
+        sys.path.insert(0, str(roots[0] / "src"))
+        survey = take_survey(roots[0], state)
+        if survey.failed:
+            print(f"{len(survey.failed)} tests fail without a mutant and are left out: {', '.join(survey.failed[:5])}")
+        places, sample = draw(roots[0], number=arguments.number, seed=arguments.seed, only=arguments.only)
+        print(f"{sum(places.values())} changes in {len(places)} files; {len(sample)} drawn; {len(survey.tests)} tests")
+        rows = run_all(roots, state, survey, sample)
+    if arguments.results:
+        rows_as_json = [{"told": row.change.told(), "place": row.place, **row.reply} for row in rows]
+        Path(arguments.results).write_text(json.dumps(rows_as_json, indent=1), encoding="utf-8")
+    return write_report(
+        rows,
+        places,
+        reasons=HERE / "survivors.toml",
+        out=None if arguments.only else ROOT / "docs" / "design" / "mutants.md",
+        seed=arguments.seed,
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Mutation testing of the methods.")
+    parser.add_argument("--number", type=int, default=400, help="mutants to draw (400)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (0)")
+    parser.add_argument("--only", default="", help="a glob on file names; the report is then printed, not written")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
+    parser.add_argument("--state", default="", help="a folder that keeps the survey for the next run")
+    parser.add_argument("--results", default="", help="a file for all results, as JSON")
+    return parser.parse_args()
+
+
+def _copy(source: Path, root: Path) -> None:
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(source, root, ignore=shutil.ignore_patterns(*LEFT_OUT))
+
+
+def _environment(root: Path) -> dict[str, str]:
+    """`smelt` is the copy's; libraries have one thread, so that the process can fork."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return {
+        **environment,
+        **threads,
+        "PYTHONPATH": os.pathsep.join([str(root / "src"), str(HERE)]),
+        "PYTHONHASHSEED": "0",
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(root / ".hypothesis"),
+        "PYTEST_ADDOPTS": "",
+    }
+
+
+# The survey
+
+
+def take_survey(root: Path, state: Path) -> Survey:
+    """Run the suites once under coverage, or read what the last run in the same folder has found."""
+    digest = hashlib.sha256()
+    for path in sorted([*(root / "src").rglob("*.py"), *(root / "tests").rglob("*.py"), *HERE.glob("survey.py")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    out = state / f"survey-{digest.hexdigest()[:16]}.json"
+    if not out.exists():
+        command = [sys.executable, str(HERE / "survey.py"), str(root), str(out)]
+        done = subprocess.run(command, cwd=root, env=_environment(root), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            hint = "\npip install coverage" if "No module named 'coverage'" in done.stderr else ""
+            raise SystemExit(f"the survey failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}{hint}")
+    found = json.loads(out.read_text(encoding="utf-8"))
+    touched = {file: {int(line): tests for line, tests in lines.items()} for file, lines in found["touched"].items()}
+    return Survey(tuple(found["tests"]), tuple(found["seconds"]), tuple(found["failed"]), touched)
+
+
+def touching(change: Any, survey: Survey, root: Path) -> set[int]:
+    """The tests that run the changed statement; for one that runs at import, those that run what depends on it."""
+    lines = survey.touched.get(change.file, {})
+
+    def of(numbers: Sequence[int]) -> set[int]:
+        return {test for line in numbers for test in lines.get(line, ())}
+
+    found = of(range(change.first, change.last + 1))
+    if found:
+        return found
+    for scope in change.scope:
+        found = found or of(scope)
+    for name in change.names:
+        named = re.compile(rf"[\[-]{re.escape(name)}[\]-]")
+        found |= {i for i, test in enumerate(survey.tests) if named.search(test)}
+        found |= _users(name, survey, root)
+    return found or {test for tests in lines.values() for test in tests}
+
+
+def _users(name: str, survey: Survey, root: Path) -> set[int]:
+    """Tests that run a statement with the name of a constant, or anything of a file that uses it at import."""
+    found: set[int] = set()
+    for file, lines in survey.touched.items():
+        for node in ast.walk(ast.parse((root / file).read_bytes())):
+            if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load):
+                here = lines.get(node.lineno, ())
+                found.update(here or {test for tests in lines.values() for test in tests})
+    return found
+
+
+def choose(tests: set[int], survey: Survey) -> tuple[list[str], list[str]]:
+    """CHOSEN tests, in turn from each file and in it from each function, the cheapest ones; and further ones."""
+    files: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for test in sorted(tests, key=lambda i: (survey.seconds[i], survey.tests[i])):
+        function = survey.tests[test].split("[")[0]
+        files[function.split("::")[0]][function].append(test)
+    turns = [[turn for turns in _turns(list(functions.values())) for turn in turns] for functions in files.values()]
+    order = [test for turn in _turns(turns) for test in turn]
+    chosen = sorted(order[:CHOSEN], key=lambda i: survey.seconds[i])
+    more, spent = [], 0.0
+    for test in sorted(order[CHOSEN:], key=lambda i: survey.seconds[i]):
+        spent += survey.seconds[test]
+        if spent <= MORE_SECONDS:
+            more.append(test)
+    return [survey.tests[i] for i in chosen], [survey.tests[i] for i in more]
+
+
+def _turns(queues: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The first of each queue, then the second of each, ..."""
+    longest = max(map(len, queues), default=0)
+    return [[one[turn] for one in queues if turn < len(one)] for turn in range(longest)]
+
+
+# The draw
+
+
+def draw(root: Path, *, number: int, seed: int, only: str) -> tuple[dict[str, int], list[Any]]:
+    """How many changes each file has, and a sample of them: from each file in proportion, LEAST at least."""
+    from changes import changes_of
+    from survey import TARGETS
+
+    paths = sorted({path for pattern in TARGETS for path in root.glob(pattern)})
+    found = {}
+    for path in paths:
+        module = ".".join(path.relative_to(root / "src").with_suffix("").parts)
+        if path.stem != "__init__" and (not only or path.match(only)):
+            found[path] = changes_of(path, root=root, module=module)
+    total = sum(map(len, found.values()))
+    sample = []
+    for path, changes in found.items():
+        file = path.relative_to(root).as_posix()
+        share = min(len(changes), max(LEAST, round(number * len(changes) / total)))
+        drawn = random.Random(f"{seed} {file}").sample(changes, share)
+        sample += sorted(drawn, key=lambda change: (change.start, change.stop, change.new))
+    return {path.relative_to(root).as_posix(): len(changes) for path, changes in found.items()}, sample
+
+
+# The runs
+
+
+class Server:
+    """A process that runs mutants in a copy of the repository."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "server.py"), str(root), str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=_environment(root),
+        )
+
+    def ask(self, file: str, content: bytes, tests: Sequence[str]) -> dict[str, Any]:
+        job = {"file": file, "content": base64.b64encode(content).decode(), "tests": tests, "limit": LIMIT}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        if not (line := self._process.stdout.readline()):
+            raise SystemExit("a server of mutants has ended")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def run_all(roots: Sequence[Path], state: Path, survey: Survey, sample: Sequence[Any]) -> list[Row]:
+    """Every mutant's fate, in the order of the sample. First each file as it is: that must pass."""
+    jobs: queue.SimpleQueue[tuple[int, Any, bool]] = queue.SimpleQueue()
+    first = {change.file: change for change in sample}
+    for change in first.values():
+        jobs.put((-1, change, True))
+    for number, change in enumerate(sample):
+        jobs.put((number, change, False))
+    rows: dict[int, Row] = {}
+    trouble: list[str] = []
+
+    def work(root: Path, server: Server) -> None:
+        while not trouble:
+            try:
+                number, change, control = jobs.get_nowait()
+                source = (root / change.file).read_bytes()
+                chosen, more = choose(touching(change, survey, root), survey)
+                if control:
+                    reply = server.ask(change.file, source, chosen)
+                    if reply["outcome"] != "survived":
+                        trouble.append(f"{change.file} as it is: {reply}")
+                    continue
+                reply = server.ask(change.file, change.applied(source), chosen)
+                reply["tests"], reply["round"] = len(chosen), 1
+                if reply["outcome"] in ("survived", "empty") and more:
+                    reply = server.ask(change.file, change.applied(source), more)
+                    reply["tests"], reply["round"] = len(chosen) + len(more), 2
+                line = source.splitlines()[change.line - 1].decode().strip()
+                rows[number] = Row(change, line, reply)
+                if len(rows) % 50 == 0:
+                    print(f"{len(rows)} of {len(sample)}", flush=True)
+            except queue.Empty:
+                return
+            except BaseException as error:
+                trouble.append(repr(error))
+
+    servers = [Server(root, state / f"server{i}") for i, root in enumerate(roots)]
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(roots, servers, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for server in servers:
+        server.close()
+    if trouble:
+        raise SystemExit("\n".join(trouble))
+    return [rows[number] for number in sorted(rows)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
