@@ -119,10 +119,19 @@ def main() -> None:
         models = make(arguments.size, folder, 3)
         size = sum(path.stat().st_size for path in models[0].glob("*.safetensors"))
         print(f"models of {size / 1e9:.2f} GB each in {folder.parent}; least of {arguments.rounds} rounds\n")
-        print(
-            "| recipe | floor s | smelt engine s | engine / floor | smelt process s | smelt MB | peer s | peer MB | peer / smelt |"
+        heads = (
+            "recipe",
+            "floor s",
+            "engine s",
+            "engine / floor",
+            "process s",
+            "MB",
+            "peer s",
+            "peer MB",
+            "peer / smelt",
         )
-        print("|---|---|---|---|---|---|---|---|---|")
+        print(f"| {' | '.join(heads)} |")
+        print("|---" * len(heads) + "|")
         for name in names:
             recipe = folder / f"{name}.yml"
             recipe.write_text(RECIPES[name].format(m=folder))

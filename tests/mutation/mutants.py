@@ -72,9 +72,7 @@ def main() -> int:
         places, sample = draw(roots[0], number=arguments.number, seed=arguments.seed, only=arguments.only)
         print(f"{sum(places.values())} changes in {len(places)} files; {len(sample)} drawn; {len(survey.tests)} tests")
         rows = run_all(roots, state, survey, sample)
-    if arguments.results:
-        rows_as_json = [{"told": row.change.told(), "place": row.place, **row.reply} for row in rows]
-        Path(arguments.results).write_text(json.dumps(rows_as_json, indent=1), encoding="utf-8")
+        (state / "results.jsonl").write_text("".join(_as_json(row) for row in rows), encoding="utf-8")
     return write_report(
         rows,
         places,
@@ -90,8 +88,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the draw (0)")
     parser.add_argument("--only", default="", help="a glob on file names; the report is then printed, not written")
     parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
-    parser.add_argument("--state", default="", help="a folder that keeps the survey for the next run")
-    parser.add_argument("--results", default="", help="a file for all results, as JSON")
+    parser.add_argument("--state", default="", help="a folder that keeps the survey for the next run, and all results")
     return parser.parse_args()
 
 
@@ -112,6 +109,10 @@ def _environment(root: Path) -> dict[str, str]:
         "HYPOTHESIS_STORAGE_DIRECTORY": str(root / ".hypothesis"),
         "PYTEST_ADDOPTS": "",
     }
+
+
+def _as_json(row: Row) -> str:
+    return json.dumps({"place": row.place, "kind": row.change.kind, "change": row.change.told(), **row.reply}) + "\n"
 
 
 # The survey
@@ -273,8 +274,8 @@ def run_all(roots: Sequence[Path], state: Path, survey: Survey, sample: Sequence
                     reply["tests"], reply["round"] = len(chosen) + len(more), 2
                 line = source.splitlines()[change.line - 1].decode().strip()
                 rows[number] = Row(change, line, reply)
-                if len(rows) % 50 == 0:
-                    print(f"{len(rows)} of {len(sample)}", flush=True)
+                if rows[number].fate == "survived" or len(rows) % 50 == 0:
+                    print(f"{len(rows)} of {len(sample)}: {rows[number].place} {reply['outcome']}", flush=True)
             except queue.Empty:
                 return
             except BaseException as error:

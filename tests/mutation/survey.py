@@ -26,6 +26,7 @@ SUITES = (
     "tests/property",
     "tests/conformance",
     "tests/golden",
+    "tests/e2e/test_own_methods.py",
 )
 TARGETS = ("src/smelt/methods/*.py", "src/smelt/recipe/select.py")
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "--no-header")

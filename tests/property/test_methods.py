@@ -247,8 +247,11 @@ def test_passthrough_keeps_nan_payloads(codes: np.ndarray) -> None:
 @SETTINGS
 @given(models(low=3))
 def test_model_stock_of_equal_models_is_the_model(x: list[np.ndarray]) -> None:
+    """Unless the task vector is so short that its square counts as 1e-6."""
     model, base = x[0], x[-1]
-    close(merge([model] * (len(x) - 1), "model_stock", base), model if np.any(model != base) else base, scale=32.0)
+    length = float(np.sqrt(((model - base).astype(np.float64) ** 2).sum()))
+    assume(length == 0.0 or length > 1e-2)
+    close(merge([model] * (len(x) - 1), "model_stock", base), model, scale=32.0)
 
 
 @pytest.mark.parametrize(

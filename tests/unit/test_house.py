@@ -74,7 +74,8 @@ def test_importing_smelt_loads_nothing() -> None:
 
 def test_a_merge_loads_neither_torch_nor_a_model_library(tmp_path: Path) -> None:
     data = Path(__file__).parents[1] / "golden" / "data"
-    code = f"import os; os.chdir({str(data)!r}); import smelt; smelt.merge('cases/linear/recipe.yml', {str(tmp_path / 'o')!r})"
+    merge = f"smelt.merge('cases/linear/recipe.yml', {str(tmp_path / 'o')!r})"
+    code = f"import os, smelt; os.chdir({str(data)!r}); {merge}"
     found = loaded(code)
     assert "numpy" in found
     assert not found & {"torch", "transformers", "safetensors", "huggingface_hub", "tokenizers", "requests", "httpx"}

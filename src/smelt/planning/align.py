@@ -123,12 +123,14 @@ def _align_modules(
     named: dict[str, str] = {}
     for module in recipe.modules or {}:
         chosen = find_part(module, parts.values(), main=home)
-        if chosen is None or chosen in named:
-            problem = "is named twice" if chosen is not None else f"is no part of {giver.name}"
+        where = recipe.where("modules", module)
+        if chosen is None:
             fix = near_part(module, parts.values())
-            result.problems.append(
-                RecipeError(f"module `{module}` {problem}", where=recipe.where("modules", module), fix=fix)
-            )
+            result.problems.append(RecipeError(f"module `{module}` is no part of {giver.name}", where=where, fix=fix))
+            continue
+        if chosen in named:
+            what = f"modules `{named[chosen]}` and `{module}` are the same part, {chosen}"
+            result.problems.append(RecipeError(what, where=where, fix="keep one of them"))
             continue
         named[chosen] = module
         own = [(name, found) for name, found in names if parts[name] == chosen]
@@ -264,7 +266,7 @@ def _no_main_stack(giver: Model) -> RecipeError:
     return RecipeError(
         f"layer ranges need one stack of layers, and which one of {giver.name} is meant is not clear",
         where=[f"stacks of layers: {', '.join(stacks)}"],
-        fix="use `models:` to merge all of it",
+        fix="use `models:` to merge all of it, or give each part its slices under `modules:`",
     )
 
 

@@ -9,6 +9,7 @@ import enum
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from smelt.errors import InputError, SmeltError
 from smelt.specs import TensorSpec
@@ -150,14 +151,15 @@ def check(anatomy: Anatomy, config: Mapping[str, object] | None, name: str) -> l
     ]
 
 
-def layer_lists(config: Mapping[str, object], count: int) -> tuple[KeyPath, ...]:
+def layer_lists(config: Mapping[str, object], count: int, *, beside: KeyPath | None = None) -> tuple[KeyPath, ...]:
     """Where the config holds one value per layer: sequences as long as the layer count they stand beside.
 
-    They must be cut, joined and repeated as the layers are. A string counts when its name says pattern.
+    They must be cut, joined and repeated as the layers are. A string counts when its name says pattern. `beside` is the
+    place of a layer count outside the language model's part: of a vision tower.
     """
     return tuple(
         (*path, key)
-        for path, key, value in _beside(config, count)
+        for path, key, value in _beside(config, count, beside)
         if len(value) == count
         and (isinstance(value, list) or "pattern" in key)
         and not _NOT_PER_LAYER.search(key)
@@ -165,9 +167,10 @@ def layer_lists(config: Mapping[str, object], count: int) -> tuple[KeyPath, ...]
     )
 
 
-def layer_numbers(config: Mapping[str, object], count: int) -> tuple[KeyPath, ...]:
+def layer_numbers(config: Mapping[str, object], count: int, *, beside: KeyPath | None = None) -> tuple[KeyPath, ...]:
     """Where the config lists numbers of layers (`mlp_only_layers: [0, 3]`): they must be renumbered, not cut."""
-    return tuple((*path, key) for path, key, value in _beside(config, count) if _are_numbers(key, value, count))
+    found = _beside(config, count, beside)
+    return tuple((*path, key) for path, key, value in found if _are_numbers(key, value, count))
 
 
 # --- stacks -------------------------------------------------------------------------------------------------
@@ -484,9 +487,17 @@ def _declared_tied(config: Mapping[str, object]) -> bool:
     return True
 
 
-def _beside(config: Mapping[str, object], count: int) -> Iterator[tuple[KeyPath, str, list[object] | str]]:
+def _beside(
+    config: Mapping[str, object], count: int, beside: KeyPath | None
+) -> Iterator[tuple[KeyPath, str, list[object] | str]]:
     """The sequences beside a layer count of this value; without any count, those named after layers or blocks."""
-    for path, node in _language(config):
+    nodes = _language(config)
+    if beside is not None:
+        place: Any = config
+        for key in beside[:-1]:
+            place = place[key]
+        nodes = [(beside[:-1], place)]
+    for path, node in nodes:
         counts = [size for key in _COUNT_KEYS if (size := _integer(node.get(key))) is not None]
         for key, value in node.items():
             if isinstance(value, list | str) and (count in counts or (not counts and _LAYER_WORDS.search(key))):

@@ -129,18 +129,24 @@ def _patch_layers(config: dict[str, Any], plan: Plan, donor: Model) -> None:
     for stack, sources in plan.restacked.items():
         anatomy = donor.anatomy
         old = anatomy.stacks[stack] - (anatomy.extra_layers if stack == anatomy.main else 0)
-        if stack == anatomy.main:
-            for path in layer_lists(config, old):
-                node = _node(config, path[:-1])
-                values = node[path[-1]]
-                taken = [values[layer] for layer in sources if layer < len(values)]
-                node[path[-1]] = "".join(taken) if isinstance(values, str) else taken
-            for path in layer_numbers(config, old):
-                node = _node(config, path[:-1])
-                wanted = set(node[path[-1]])
-                node[path[-1]] = [place for place, layer in enumerate(sources) if layer in wanted]
-        for path in count_keys(donor, stack):
+        keys = count_keys(donor, stack)
+        for beside in [None] if stack == anatomy.main else keys:
+            _renew_lists(config, old, sources, beside)
+        for path in keys:
             _node(config, path[:-1])[path[-1]] = len(sources)
+
+
+def _renew_lists(config: dict[str, Any], old: int, sources: Sequence[int], beside: tuple[str, ...] | None) -> None:
+    """Cut, join and repeat what the config says of each layer as the layers were."""
+    for path in layer_lists(config, old, beside=beside):
+        node = _node(config, path[:-1])
+        values = node[path[-1]]
+        taken = [values[layer] for layer in sources if layer < len(values)]
+        node[path[-1]] = "".join(taken) if isinstance(values, str) else taken
+    for path in layer_numbers(config, old, beside=beside):
+        node = _node(config, path[:-1])
+        wanted = set(node[path[-1]])
+        node[path[-1]] = [place for place, layer in enumerate(sources) if layer in wanted]
 
 
 def count_keys(model: Model, stack: str) -> tuple[tuple[str, ...], ...]:

@@ -6,6 +6,8 @@ that begins with `./`, `../`, `~` or is absolute never means the hub.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -87,7 +89,10 @@ def _at(mention: Sequence[str], problem: SmeltError) -> SmeltError:
 
 def _roots(beside: Path | None) -> list[Path]:
     """Where relative paths begin: the recipe's folder, then the working folder."""
-    return list(dict.fromkeys(root for root in (beside, Path.cwd()) if root is not None))
+    roots = [] if beside is None else [beside]
+    with contextlib.suppress(OSError):  # the working folder may have been deleted
+        roots.append(Path.cwd())
+    return list(dict.fromkeys(roots))
 
 
 def _open(place: Path, hub: HubFolder | None, name: str, stack: ExitStack) -> TensorSource:
@@ -100,12 +105,12 @@ def _find(ref: ModelRef, beside: Path | None, weights: bool) -> tuple[Path, str,
     """The folder of a model, the name under which it is published, and what is known of it if it is the hub's."""
     text = ref.path.rstrip("/\\") or ref.path
     local_only = text.startswith((".", "~", "/", "\\")) or Path(text).is_absolute() or ":" in text
-    here = Path(text).expanduser()
+    here = Path(os.path.expanduser(text))
     tried = [here] if here.is_absolute() else [root / here for root in _roots(beside)]
     for folder in tried:
-        if folder.exists():
+        if os.path.exists(folder):
             resolved = folder.resolve()
-            return resolved, resolved.name or "model", None
+            return resolved, resolved.name.encode("utf-8", "replace").decode() or "model", None
     if local_only or not _HUB_ID.fullmatch(text):
         raise InputError(f"there is no model at '{ref.text}'", where=_missing(tried), fix=_near_folder(tried))
     try:
@@ -124,7 +129,7 @@ def _missing(tried: list[Path]) -> list[str]:
 def _near_folder(tried: list[Path], otherwise: str | None = None) -> str:
     """A folder beside the missing one whose name is close, as a question."""
     for folder in tried:
-        if folder.parent.is_dir():
+        if os.path.isdir(folder.parent):
             close = nearest(folder.name, sorted(path.name for path in folder.parent.iterdir() if path.is_dir()))
             if close:
                 return f"did you mean {folder.parent / close}?"

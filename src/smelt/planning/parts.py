@@ -55,6 +55,8 @@ def find_part(word: str, parts: Iterable[str], *, main: str | None) -> str | Non
     known = sorted(set(parts))
     if word in known:
         return word
+    if len(known) == 1 and word == "default":  # what MergeKit calls the part of a model that has one
+        return known[0]
     pattern = _ALIASES.get(word)
     if pattern is not None:
         fits = [name for name in known if re.search(pattern, name)]

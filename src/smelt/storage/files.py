@@ -27,6 +27,9 @@ import numpy as np
 
 from smelt.errors import InputError, SmeltError, StorageError
 
+if sys.platform != "win32":  # imported here, for the import needs a descriptor of its own
+    import resource
+
 T = TypeVar("T")
 StrPath: TypeAlias = str | os.PathLike[str]
 Buffer: TypeAlias = bytes | bytearray | memoryview | np.ndarray[Any, Any]
@@ -393,8 +396,6 @@ def _allow_more_descriptors() -> bool:
     """Raise the soft limit of open files to the hard one: three models of 300 shards need more than 1024."""
     if sys.platform == "win32":
         return False
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65536 if hard == resource.RLIM_INFINITY else hard
     if wanted <= soft:

@@ -320,7 +320,11 @@ def _check_target(out: Path, *, overwrite: bool) -> None:
             where=[str(out)],
             fix="choose another folder, or replace it whole with --overwrite",
         )
-    holds = [place for place in (Path.cwd(), Path.home()) if place.resolve().is_relative_to(out)]
+    places = []
+    for find in (Path.cwd, Path.home):
+        with contextlib.suppress(OSError, RuntimeError):  # a deleted working folder, a user without a home
+            places.append(find().resolve())
+    holds = [place for place in places if place.is_relative_to(out)]
     if holds or files.kind(out / ".git") is not None:
         why = f"it holds {holds[0]}" if holds else "it is a git repository"
         raise StorageError(f"refusing to replace the output folder: {why}", where=[str(out)], fix="choose another")

@@ -32,11 +32,6 @@ BUILTIN = {
         + _ANSWER
         + "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}\n"
     ),
-    "mistral": (
-        "{{ bos_token }}" + _TURNS + "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
-        "{% elif message['role'] == 'system' %}{{ '[INST] ' + message['content'] + '\\n\\n[/INST]' }}"
-        "{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}" + _END + "\n"
-    ),
     "alpaca": (
         _TURNS + "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
         "{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
@@ -44,7 +39,9 @@ BUILTIN = {
         "" + _END + _ANSWER + "{{ '### Response:\\n' }}{% endif %}\n"
     ),
     "exaone": (
-        _TURNS + "{{ '[|' + message['role'] + '|]' + message['content'] }}"
+        "{% if not messages or messages[0]['role'] != 'system' %}{{ '[|system|][|endofturn|]\\n' }}{% endif %}"
+        + _TURNS
+        + "{{ '[|' + message['role'] + '|]' + message['content'] }}"
         "{% if message['role'] == 'user' %}{{ '\\n' }}{% else %}{{ '[|endofturn|]\\n' }}{% endif %}"
         "" + _END + _ANSWER + "{{ '[|assistant|]' }}{% endif %}\n"
     ),
@@ -56,8 +53,10 @@ def template_of(source: TensorSource) -> str | None:
     """The chat template that a model carries: its own file, else the one in tokenizer_config.json."""
     if FILE in source.other_files():
         return source.text(FILE)
-    config = source.json("tokenizer_config.json") or {}
-    found = config.get("chat_template")
+    found = (source.json("tokenizer_config.json") or {}).get("chat_template")
+    if isinstance(found, list):  # several, by name
+        named = {row.get("name"): row.get("template") for row in found if isinstance(row, dict)}
+        found = named.get("default")
     return found if isinstance(found, str) else None
 
 
@@ -65,7 +64,7 @@ def most_common(sources: Sequence[TensorSource]) -> str | None:
     """The template that most of the models carry; of equally common ones the first. None if no model has one."""
     counts: dict[str, int] = {}
     for source in sources:
-        template = template_of(source)
-        if template is not None:
+        template = (template_of(source) or "").strip()
+        if template:
             counts[template] = counts.get(template, 0) + 1
     return max(counts, key=lambda template: counts[template]) if counts else None

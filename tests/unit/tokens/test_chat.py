@@ -78,11 +78,10 @@ def test_chatml_renders_as_that_of_mergekit(messages: list[dict[str, str]], gene
             "[|system|]Be brief.[|endofturn|]\n[|user|]Add 2 and 3.\n[|assistant|]5[|endofturn|]\n"
             "[|user|] And 4?\n\n[|assistant|]",
         ),
-        ("mistral", "<s>[INST] Add 2 and 3. [/INST] 5</s>[INST]  And 4?\n [/INST]"),
     ],
 )
 def test_builtin_templates(name: str, text: str, environment: str) -> None:
-    messages = [USER, ANSWER, MORE] if name == "mistral" else [SYSTEM, USER, ANSWER, MORE]
+    messages = [SYSTEM, USER, ANSWER, MORE]
     assert rendered(BUILTIN[name], messages, generate=True, environment=environment) == text
 
 
@@ -99,7 +98,7 @@ def test_no_generation_prompt_without_asking(name: str) -> None:
             rendered(BUILTIN[name], [USER], generate=generate, environment=environment) for generate in (True, False)
         )
         assert with_it.startswith(without)
-        assert (with_it == without) == (name == "mistral")  # whose user turn ends where the answer begins
+        assert with_it != without
 
 
 # --- which one a model carries --------------------------------------------------------------------------------------
