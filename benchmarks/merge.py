@@ -113,9 +113,8 @@ def main() -> None:
     threads = [] if arguments.threads is None else ["--threads", str(arguments.threads)]
     folder = Path(tempfile.mkdtemp(prefix="smelt-bench-", dir=arguments.folder))
     try:
-        print(
-            f"smelt {smelt.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}"
-        )
+        machine = f"Python {platform.python_version()}, {os.cpu_count()} cores"
+        print(f"smelt {smelt.__version__}, {machine}, {time.strftime('%Y-%m-%d')}")
         models = make(arguments.size, folder, 3)
         size = sum(path.stat().st_size for path in models[0].glob("*.safetensors"))
         print(f"models of {size / 1e9:.2f} GB each in {folder.parent}; least of {arguments.rounds} rounds\n")

@@ -138,6 +138,11 @@ def nonfinite(raw: Bytes, dtype: DType) -> NDArray[np.bool_]:
     return found
 
 
+def any_nonfinite(raw: Bytes, dtype: DType) -> bool:
+    """Whether any stored element of a floating `dtype` is a NaN or an infinity."""
+    return bool(nonfinite(raw, dtype).any())
+
+
 _EXPONENT: dict[str, tuple[str, Any]] = {
     "F64": ("<u8", np.uint64(0x7FF0000000000000)),
     "F32": ("<u4", np.uint32(0x7F800000)),

@@ -122,12 +122,15 @@ def merge_tensors(
     workers: int = 1,
     keep_bytes: int = engine.KEEP_BYTES,
     allow_nonfinite: bool = False,
+    kernels: bool = False,
 ) -> dict[str, Outcome]:
     """Merge several tensors in one run. `keep_bytes` is what the engine may hold between passes."""
     plan, sources = plan_of(method, models, base, values=values, out=out, seed=seed)
     sink = Memory(plan.entries)
     with mock.patch.object(engine, "KEEP_BYTES", keep_bytes):
-        done = engine.run(plan, sources, sink, workers=workers, tile=tile, allow_nonfinite=allow_nonfinite)
+        done = engine.run(
+            plan, sources, sink, workers=workers, tile=tile, allow_nonfinite=allow_nonfinite, kernels=kernels
+        )
     return {
         entry.name: Outcome(sink.data[entry.name].view(out).reshape(entry.shape), result)
         for entry, result in zip(plan.entries, done.tensors, strict=True)

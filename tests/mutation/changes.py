@@ -298,7 +298,10 @@ class _Finder(ast.NodeVisitor):
         if token:
             kind = "not" if isinstance(node.op, ast.Not) else "arithmetic"
             self._note(kind, start, start + len(token), "", shown=node)
-        self.generic_visit(node)
+        if isinstance(node.operand, ast.Constant) and node.operand.value == 1:
+            self._note("number", *self._span(node.operand), "0", shown=node)  # -2 as a length is read as -1 is
+        else:
+            self.visit(node.operand)
 
     def visit_Subscript(self, node: ast.Subscript) -> None:
         if _is_annotation(node):

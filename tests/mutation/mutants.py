@@ -27,12 +27,14 @@ import sys
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from changes import Change, changes_of
 from report import Row, write_report
+from survey import TARGETS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -56,6 +58,8 @@ class Survey:
     failed: tuple[str, ...]
     touched: dict[str, dict[int, list[int]]]
     """file -> line -> tests."""
+    imported: dict[str, set[int]]
+    """file -> lines that run outside tests, when modules are imported."""
 
 
 def main() -> int:
@@ -132,10 +136,11 @@ def take_survey(root: Path, state: Path) -> Survey:
             raise SystemExit(f"the survey failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}{hint}")
     found = json.loads(out.read_text(encoding="utf-8"))
     touched = {file: {int(line): tests for line, tests in lines.items()} for file, lines in found["touched"].items()}
-    return Survey(tuple(found["tests"]), tuple(found["seconds"]), tuple(found["failed"]), touched)
+    imported = {file: set(lines) for file, lines in found["imported"].items()}
+    return Survey(tuple(found["tests"]), tuple(found["seconds"]), tuple(found["failed"]), touched, imported)
 
 
-def touching(change: Any, survey: Survey, root: Path) -> set[int]:
+def touching(change: Change, survey: Survey, root: Path) -> set[int]:
     """The tests that run the changed statement; for one that runs at import, those that run what depends on it."""
     lines = survey.touched.get(change.file, {})
 
@@ -165,21 +170,31 @@ def _users(name: str, survey: Survey, root: Path) -> set[int]:
     return found
 
 
-def choose(tests: set[int], survey: Survey) -> tuple[list[str], list[str]]:
-    """CHOSEN tests, in turn from each file and in it from each function, the cheapest ones; and further ones."""
+def in_turn(tests: Iterable[int], survey: Survey) -> list[int]:
+    """Tests in turn from each file and in it from each function, the cheapest first."""
     files: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for test in sorted(tests, key=lambda i: (survey.seconds[i], survey.tests[i])):
         function = survey.tests[test].split("[")[0]
         files[function.split("::")[0]][function].append(test)
     turns = [[turn for turns in _turns(list(functions.values())) for turn in turns] for functions in files.values()]
-    order = [test for turn in _turns(turns) for test in turn]
-    chosen = sorted(order[:CHOSEN], key=lambda i: survey.seconds[i])
+    return [test for turn in _turns(turns) for test in turn]
+
+
+def choose(change: Change, survey: Survey, root: Path) -> tuple[list[str], list[str]]:
+    """CHOSEN tests that touch the change, and further ones; of any kind, if the statement runs at import."""
+    found = touching(change, survey, root)
+    order = in_turn(found, survey)
+    first, rest = order[:CHOSEN], order[CHOSEN:]
+    if not survey.imported.get(change.file, set()).isdisjoint(range(change.first, change.last + 1)):
+        rest += in_turn(set(range(len(survey.tests))) - found, survey)
     more, spent = [], 0.0
-    for test in sorted(order[CHOSEN:], key=lambda i: survey.seconds[i]):
+    for test in rest:
         spent += survey.seconds[test]
         if spent <= MORE_SECONDS:
             more.append(test)
-    return [survey.tests[i] for i in chosen], [survey.tests[i] for i in more]
+    both = (sorted(tests, key=lambda i: survey.seconds[i]) for tests in (first, more))
+    chosen, further = ([survey.tests[i] for i in tests] for tests in both)
+    return chosen, further
 
 
 def _turns(queues: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -191,11 +206,8 @@ def _turns(queues: Sequence[Sequence[int]]) -> list[list[int]]:
 # The draw
 
 
-def draw(root: Path, *, number: int, seed: int, only: str) -> tuple[dict[str, int], list[Any]]:
+def draw(root: Path, *, number: int, seed: int, only: str) -> tuple[dict[str, int], list[Change]]:
     """How many changes each file has, and a sample of them: from each file in proportion, LEAST at least."""
-    from changes import changes_of
-    from survey import TARGETS
-
     paths = sorted({path for pattern in TARGETS for path in root.glob(pattern)})
     found = {}
     for path in paths:
@@ -245,9 +257,9 @@ class Server:
         self._process.wait()
 
 
-def run_all(roots: Sequence[Path], state: Path, survey: Survey, sample: Sequence[Any]) -> list[Row]:
+def run_all(roots: Sequence[Path], state: Path, survey: Survey, sample: Sequence[Change]) -> list[Row]:
     """Every mutant's fate, in the order of the sample. First each file as it is: that must pass."""
-    jobs: queue.SimpleQueue[tuple[int, Any, bool]] = queue.SimpleQueue()
+    jobs: queue.SimpleQueue[tuple[int, Change, bool]] = queue.SimpleQueue()
     first = {change.file: change for change in sample}
     for change in first.values():
         jobs.put((-1, change, True))
@@ -261,7 +273,7 @@ def run_all(roots: Sequence[Path], state: Path, survey: Survey, sample: Sequence
             try:
                 number, change, control = jobs.get_nowait()
                 source = (root / change.file).read_bytes()
-                chosen, more = choose(touching(change, survey, root), survey)
+                chosen, more = choose(change, survey, root)
                 if control:
                     reply = server.ask(change.file, source, chosen)
                     if reply["outcome"] != "survived":

@@ -30,12 +30,16 @@ class Running:
 
     def add(self, values: Any, low: int, high: int, geometry: Geometry, *, kernel: Any = None) -> None:
         """Take the values of the tile [low, high); `kernel` stands in for the reducer's `partial`."""
-        make = self.reducer.partial if kernel is None else lambda part: kernel(self.reducer, part)
         if not self.reducer.ordered:
-            self.fold(make(values))
+            self.fold(self.reducer.partial(values) if kernel is None else kernel(self.reducer, values, 0))
             return
-        for block, first, last in geometry.blocks(low, high):
-            self.fold(make(_slice(values, first, last, geometry.block_axis)), block=block)
+        partials = kernel(self.reducer, values, geometry.block) if kernel is not None else None
+        for place, (block, first, last) in enumerate(geometry.blocks(low, high)):
+            if partials is None:
+                part = self.reducer.partial(_slice(values, first, last, geometry.block_axis))
+            else:
+                part = partials[place]
+            self.fold(part, block=block)
 
     def fold(self, partial: Any, *, block: int | None = None) -> None:
         """Take a partial result: of a block in its turn, or of any part where the order does not matter."""

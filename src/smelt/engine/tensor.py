@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,22 +67,41 @@ class TensorResult:
 
 
 class Budget:
-    """Bytes that tensors may keep in memory between their passes."""
+    """Memory that tensors may keep between their passes, `limit` bytes in all.
+
+    What is given back is kept for the next tensor of that size: layers repeat, and fresh memory costs a page fault for
+    every 4 KiB.
+    """
 
     def __init__(self, limit: int) -> None:
         self._left = limit
+        self._spare: dict[int, list[Any]] = {}
         self._lock = threading.Lock()
 
-    def take(self, count: int) -> bool:
+    def take(self, size: int) -> Any:
+        """An uninitialised array of `size` bytes, or None where the limit does not allow it."""
         with self._lock:
-            if count > self._left:
-                return False
-            self._left -= count
-            return True
+            if self._spare.get(size):
+                return self._spare[size].pop()
+            while size > self._left and self._drop_largest():
+                pass
+            if size > self._left:
+                return None
+            self._left -= size
+        return np.empty(size, dtype=np.uint8)
 
-    def give(self, count: int) -> None:
+    def give(self, array: Any) -> None:
+        """Take an array back."""
         with self._lock:
-            self._left += count
+            self._spare.setdefault(array.size, []).append(array)
+
+    def _drop_largest(self) -> bool:
+        sizes = [size for size, arrays in self._spare.items() if arrays]
+        if not sizes:
+            return False
+        self._spare[max(sizes)].pop()
+        self._left += max(sizes)
+        return True
 
 
 class TensorRun:
@@ -100,7 +120,7 @@ class TensorRun:
         self._digests: dict[int, bytes] = {}
         self._inherited = self._created = 0
         self._kept: list[Any] | None = None
-        self._kept_bytes = 0
+        self._block: Any = None
         self._method: Any = None
         if entry.action is Action.MERGE:
             self._method = bind(entry)
@@ -138,10 +158,11 @@ class TensorRun:
 
     def end_pass(self, number: int) -> None:
         """Close the reductions that end with this pass and open those that begin with the next."""
-        for running in self._running:
-            running.reducer.close(running.total())
-            if number + 1 == running.start + running.reducer.rounds:
-                self._results[running.reduction.name] = running.reducer.finish()
+        with np.errstate(all="ignore"):
+            for running in self._running:
+                running.reducer.close(running.total())
+                if number + 1 == running.start + running.reducer.rounds:
+                    self._results[running.reduction.name] = running.reducer.finish()
         if number + 1 < self._reduction_passes:
             self._begin_pass(number + 1)
         elif number + 1 == self._reduction_passes:
@@ -157,14 +178,15 @@ class TensorRun:
         return TensorResult(self.entry.name, xxhash.xxh3_128_hexdigest(joined), self._inherited, self._created)
 
     def _keep_inputs(self) -> None:
-        if self._budget.take(self.entry.input_bytes):
-            self._kept_bytes = self.entry.input_bytes
-            self._kept = [np.empty(source.tensor.nbytes, dtype=np.uint8) for source in self.entry.sources]
+        self._block = self._budget.take(self.entry.input_bytes)
+        if self._block is not None:
+            ends = list(accumulate(source.tensor.nbytes for source in self.entry.sources))
+            self._kept = [self._block[low:high] for low, high in pairwise([0, *ends])]
 
     def _release(self) -> None:
         if self._kept is not None:
             self._kept = None
-            self._budget.give(self._kept_bytes)
+            self._budget.give(self._block)
 
     def _begin_pass(self, number: int) -> None:
         going = [r for r in self._running if number < r.start + r.reducer.rounds]
@@ -242,38 +264,30 @@ class TensorRun:
 
     def _reduce(self, number: int, start: int, stop: int, scratch: Scratch) -> int:
         raw, read = self._raw(number, start, stop, scratch)
+        kernels = self._settings.kernels
         with np.errstate(all="ignore"):
-            for low, high in self.geometry.tile_spans(start, stop):
+            whole = self._given(raw, start, start, stop, scratch)
+            left = [running for running in self._running if not self._reduce_by_kernel(running, whole)]
+            for low, high in self.geometry.tile_spans(start, stop) if left else ():
                 given = self._given(raw, start, low, high, scratch)
-                for running in self._running:
-                    if not self._reduce_by_kernel(running, raw, start, given, scratch):
-                        values = self._call(running.reduction.function, running.reduction.arguments, given)
-                        if problem := running.reducer.refuses(values, len(given.shape) + 1):
-                            raise self._misused(running.reduction.function, *problem)
-                        partial = self._settings.kernels.partials.get(type(running.reducer))
-                        running.add(values, low, high, self.geometry, kernel=partial)
+                for running in left:
+                    values = self._call(running.reduction.function, running.reduction.arguments, given)
+                    if problem := running.reducer.refuses(values, len(given.shape) + 1):
+                        raise self._misused(running.reduction.function, *problem)
+                    running.add(values, low, high, self.geometry, kernel=kernels.partials.get(type(running.reducer)))
         return read
 
-    def _reduce_by_kernel(
-        self, running: Running, raw: Sequence[Any], start: int, given: Given, scratch: Scratch
-    ) -> bool:
-        """Let a kernel make the partial results of a tile from the stored bytes; False where there is none."""
+    def _reduce_by_kernel(self, running: Running, given: Given) -> bool:
+        """Let a kernel make the partial results of a task from the stored bytes; False where there is none."""
         kernel = self._settings.kernels.functions.get((self.entry.method, running.reduction.name))
-        if kernel is None:
+        partials = kernel(self._method, given, running.reducer) if kernel is not None else None
+        if partials is None:
             return False
-        if not running.reducer.ordered:
-            partial = kernel(self._method, given, running.reducer)
-            if partial is None:
-                return False
-            running.fold(partial)
-            return True
-        block = self.geometry.block
-        for low in range(given.start, given.start + given.count, block):
-            high = min(low + block, given.start + given.count)
-            partial = kernel(self._method, self._given(raw, start, low, high, scratch), running.reducer)
-            if partial is None:
-                return False
-            running.fold(partial, block=low // block)
+        if running.reducer.ordered:
+            for place, partial in enumerate(partials, given.start // self.geometry.block):
+                running.fold(partial, block=place)
+        else:
+            running.fold(partials)
         return True
 
     def _write(self, start: int, stop: int, scratch: Scratch) -> int:
@@ -282,16 +296,16 @@ class TensorRun:
         out = scratch.array("out", (entry.dtype.nbytes(stop - start),), np.uint8)
         kernel = self._settings.kernels.functions.get((entry.method, "tile"))
         with np.errstate(all="ignore"):
-            for low, high in self.geometry.tile_spans(start, stop):
-                offset, count = low - start, high - low
+            values = kernel(self._method, self._given(raw, start, start, stop, scratch)) if kernel is not None else None
+            if values is not None:
+                self._settings.kernels.encode(values, entry.dtype, out)
+            for low, high in self.geometry.tile_spans(start, stop) if values is None else ():
+                piece = out[entry.dtype.nbytes(low - start) : entry.dtype.nbytes(high - start)]
                 given = self._given(raw, start, low, high, scratch)
-                values = kernel(self._method, given) if kernel is not None else None
-                if values is None:
-                    values = self._call(type(self._method).tile, self._method.info.tile_arguments, given)
-                    values = self._checked(values, given.shape)
-                piece = out[entry.dtype.nbytes(offset) : entry.dtype.nbytes(offset + count)]
-                self._settings.kernels.encode(values, entry.dtype, piece)
-                self._count_nonfinite(piece, raw, offset, count, start)
+                values = self._call(type(self._method).tile, self._method.info.tile_arguments, given)
+                self._settings.kernels.encode(self._checked(values, given.shape), entry.dtype, piece)
+        if self._settings.kernels.any_nonfinite(out, entry.dtype):
+            self._count_nonfinite(out, raw, start)
         self._sink.write(entry.name, entry.dtype.nbytes(start), memoryview(out))
         self._digest(entry.dtype.nbytes(start), out)
         return read + len(out)
@@ -306,20 +320,18 @@ class TensorRun:
                 self._inherited += int(np.count_nonzero(dtypes.nonfinite(raw[0], dtype)))
         return read + len(raw[0])
 
-    def _count_nonfinite(self, piece: Any, raw: list[Any], offset: int, count: int, start: int) -> None:
-        bad = dtypes.nonfinite(piece, self.entry.dtype)
-        if not bad.any():
-            return
-        theirs = np.zeros(count, dtype=bool)
+    def _count_nonfinite(self, out: Any, raw: Sequence[Any], start: int) -> None:
+        """Count the NaNs and infinities of a task's output; new ones fail the merge unless they are allowed."""
+        bad = dtypes.nonfinite(out, self.entry.dtype)
+        theirs = np.zeros(len(bad), dtype=bool)
         for source, stored in zip(self.entry.sources, raw, strict=True):
-            dtype = source.tensor.dtype
-            theirs |= dtypes.nonfinite(stored[dtype.nbytes(offset) : dtype.nbytes(offset + count)], dtype)
+            theirs |= dtypes.nonfinite(stored, source.tensor.dtype)
         created = bad & ~theirs
         with self._lock:
             self._inherited += int(np.count_nonzero(bad & theirs))
             self._created += int(np.count_nonzero(created))
         if created.any() and not self._settings.allow_nonfinite:
-            raise self._new_nonfinite(start + offset + int(np.argmax(created)))
+            raise self._new_nonfinite(start + int(np.argmax(created)))
 
     def _new_nonfinite(self, element: int) -> NumericError:
         entry = self.entry

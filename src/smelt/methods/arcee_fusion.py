@@ -69,5 +69,5 @@ class ArceeFusion(Method):
 
     def tile(self, x: Array, base: Array, deltas: Array, threshold: float) -> Array:
         xp = array_namespace(base)
-        stands_out = importance(x[0], base, deltas[0]) >= threshold
+        stands_out = ~(importance(x[0], base, deltas[0]) < threshold)
         return add_to_base(base, xp.where(stands_out, deltas[0], xp.zeros_like(base)), 1.0)

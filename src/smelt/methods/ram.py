@@ -12,9 +12,9 @@ _EPSILON_DOC = "a model is active at an entry where its task vector is larger th
 
 
 def activity(deltas: Array, epsilon: float) -> tuple[list[Array], Array]:
-    """Where each model is active, abs(d_i) > epsilon (in float64), and how many are: n times bool [t], float64 [t]."""
+    """Where each model is active, abs(d_i) > epsilon in float64 or NaN, and how many are: n times bool, float64 [t]."""
     xp = array_namespace(deltas)
-    active = [xp.astype(xp.abs(deltas[i]), xp.float64) > epsilon for i in range(deltas.shape[0])]
+    active = [~(xp.astype(xp.abs(deltas[i]), xp.float64) <= epsilon) for i in range(deltas.shape[0])]
     count = xp.astype(active[0], xp.float64)
     for one in active[1:]:
         count = count + xp.astype(one, xp.float64)

@@ -84,7 +84,7 @@ class Sce(Method):
         positive = total >= 0.0
         mixed, agreeing = xp.zeros_like(total), xp.zeros_like(total)
         for i in range(self.n):
-            agrees = xp.where(positive, kept[i] > 0.0, kept[i] < 0.0)
+            agrees = xp.where(positive, ~(kept[i] <= 0.0), ~(kept[i] >= 0.0))
             mixed = xp.where(agrees, mixed + shares[i] * kept[i], mixed)
             agreeing = xp.where(agrees, agreeing + shares[i], agreeing)
         mixed = mixed / xp.where(agreeing < TINY, xp.ones_like(agreeing), agreeing)

@@ -81,8 +81,8 @@ def trim(deltas: Array, cut: Cut | None, uniform: Array) -> Array:
 
 
 def above_cut(numbers: Array, cut: Cut, uniform: Array) -> Array:
-    """Which numbers are above the cut, or equal it and are among the share of these that fills the count."""
-    return (numbers > cut.value) | ((numbers == cut.value) & (uniform < cut.share))
+    """Which numbers are above the cut (NaN is), or equal it and are among the share of these that fills the count."""
+    return ~(numbers <= cut.value) | ((numbers == cut.value) & (uniform < cut.share))
 
 
 def band(deltas: Array, cut: Cut | None, uniform: Array) -> Array:
@@ -99,7 +99,7 @@ def band(deltas: Array, cut: Cut | None, uniform: Array) -> Array:
     magnitude = xp.abs(deltas)
     between = (magnitude < high) | ((magnitude == high) & (uniform < shares[:, :1]))
     keep = xp.where(magnitude == low, uniform < shares[:, 1:], (magnitude > low) & between)
-    return xp.where(keep, deltas, xp.zeros_like(deltas))
+    return xp.where(keep | xp.isnan(magnitude), deltas, xp.zeros_like(deltas))  # a NaN is not cut away unseen
 
 
 def drop(deltas: Array, density: Array, uniform: Array) -> Array:
@@ -109,9 +109,9 @@ def drop(deltas: Array, density: Array, uniform: Array) -> Array:
 
 
 def l1_factors(whole: Array, kept: Array) -> Array:
-    """‖d_i‖₁ / ‖kept_i‖₁ per model, float64 [n]; 1 where either norm is below 1e-7."""
+    """‖d_i‖₁ / ‖kept_i‖₁ per model, float64 [n]; 1 where either norm is below 1e-7 or not finite."""
     xp = array_namespace(whole)
-    usable = (whole >= 1e-7) & (kept >= 1e-7)
+    usable = (whole >= 1e-7) & (kept >= 1e-7) & xp.isfinite(whole) & xp.isfinite(kept)
     ones = xp.ones_like(whole)
     return xp.where(usable, whole / xp.where(usable, kept, ones), ones)
 
@@ -145,7 +145,7 @@ def combine(vectors: Array, weight: Array, *, factors: Array | None, elected: bo
     mixed = xp.zeros_like(total)
     agreeing = xp.zeros_like(total)
     for i, value in enumerate(weighted):
-        agrees = xp.where(positive, value > 0, value < 0)
+        agrees = xp.where(positive, ~(value <= 0), ~(value >= 0))  # so that a NaN is not voted away
         mixed = xp.where(agrees, mixed + value, mixed)
         if normalize:
             agreeing = xp.where(agrees, agreeing + weight[i], agreeing)

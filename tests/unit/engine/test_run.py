@@ -279,13 +279,17 @@ def test_inputs_that_do_not_fit_are_read_for_every_pass(monkeypatch: pytest.Monk
 
 def test_the_budget() -> None:
     budget = Budget(10)
-    assert budget.take(6)
-    assert not budget.take(5)
-    assert budget.take(4)
-    assert not budget.take(1)
-    budget.give(6)
-    assert budget.take(6)
-    assert budget.take(0)
+    first = budget.take(6)
+    assert first.size == 6
+    assert budget.take(5) is None
+    assert budget.take(4).size == 4
+    assert budget.take(1) is None
+    budget.give(first)
+    assert budget.take(6) is first  # reused as it is
+    budget.give(first)
+    assert budget.take(5).size == 5  # the spare array makes room
+    assert budget.take(2) is None
+    assert budget.take(0).size == 0
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])

@@ -20,13 +20,16 @@ from smelt.engine.rng import uniform
 class Kernels:
     """What the engine calls for a tile.
 
-    `partials` maps a reducer's class to (reducer, values) -> partial; `functions` maps (method, function) to
-    (method, given, ...) -> result, or None where it does not apply and the method's own function is called.
+    `partials` maps a reducer's class to (reducer, values, block) -> its partial results, one for each block of so many
+    elements where it is ordered. `functions` maps (method, function) to (method, given) -> float32 values, or for a
+    reduction to (method, given, reducer) -> its partial results; None where the kernel does not apply, and the method's
+    own function is called.
     """
 
     decode: Callable[[Any, dtypes.DType, Any], None] = dtypes.decode
     encode: Callable[[Any, dtypes.DType, Any], None] = dtypes.encode
     uniform: Callable[[tuple[int, int], int, int, Any], Any] = uniform
+    any_nonfinite: Callable[[Any, dtypes.DType], bool] = dtypes.any_nonfinite
     partials: Mapping[type, Callable[[Any, Any], Any]] = field(default_factory=dict)
     functions: Mapping[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
 
@@ -46,6 +49,7 @@ def fused() -> Kernels:
         decode=codecs.decode,
         encode=codecs.encode,
         uniform=codecs.uniform,
+        any_nonfinite=codecs.any_nonfinite,
         partials=sums.PARTIALS,
         functions={**span.FUNCTIONS, **task_vectors.FUNCTIONS},
     )

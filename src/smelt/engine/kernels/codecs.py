@@ -43,6 +43,19 @@ def encode(values: Any, dtype: DType, raw: Any) -> None:
         dtypes.encode(values, dtype, raw)
 
 
+@JIT
+def _any_bfloat16(stored: Any) -> bool:
+    found = np.uint16(0)
+    for j in range(stored.size):
+        found |= np.uint16((stored[j] & np.uint16(0x7F80)) == np.uint16(0x7F80))
+    return bool(found)
+
+
+def any_nonfinite(raw: Any, dtype: DType) -> bool:
+    """As `smelt.dtypes.any_nonfinite`."""
+    return bool(_any_bfloat16(raw.view(np.uint16))) if dtype is BF16 else dtypes.any_nonfinite(raw, dtype)
+
+
 def uniform(stream: tuple[int, int], start: int, stop: int, out: Any) -> Any:
     """As `smelt.engine.rng.uniform`."""
     draw(np.uint64(stream[0]), np.uint64(stream[1]), start, out)

@@ -18,46 +18,50 @@ MOST_MODELS = 12
 """Above this many models a method's own function is called."""
 
 
-def _terms(stored: Any, coefficients: Any, j: Any) -> Any:
-    """Σ_i c_i · stored_i[j], in float64, in the order of the models."""
+def _loop(stored: Any, coefficients: Any, out: Any) -> None:
+    """out = Σ_i c_i · stored_i, in float64, in the order of the models."""
     raise NotImplementedError
 
 
-def _delta_terms(stored: Any, base: Any, coefficients: Any, j: Any) -> Any:
-    """Σ_i c_i · (stored_i[j] − base), the difference in float32, in the order of the models."""
+def _delta_loop(stored: Any, base: Any, coefficients: Any, out: Any) -> None:
+    """out = base + Σ_i c_i · (stored_i − base), the differences in float32, in the order of the models."""
     raise NotImplementedError
 
 
-@overload(_terms, inline="always")
-def _unrolled_terms(stored, coefficients, j):
-    terms = [f"coefficients[{i}] * np.float64(widen(stored[{i}][j]))" for i in range(len(stored))]
-    return _function("stored, coefficients, j", " + ".join(terms))
+@overload(_loop)
+def _unrolled_loop(stored, coefficients, out):
+    terms = [f"c{i} * np.float64(widen(s{i}[j]))" for i in range(len(stored))]
+    return _written("stored, coefficients, out", len(stored), "", " + ".join(terms))
 
 
-@overload(_delta_terms, inline="always")
-def _unrolled_delta_terms(stored, base, coefficients, j):
-    terms = [f"coefficients[{i}] * np.float64(widen(stored[{i}][j]) - base)" for i in range(len(stored))]
-    return _function("stored, base, coefficients, j", " + ".join(terms))
+@overload(_delta_loop)
+def _unrolled_delta_loop(stored, base, coefficients, out):
+    terms = [f"c{i} * np.float64(widen(s{i}[j]) - b)" for i in range(len(stored))]
+    value = f"({' + '.join(terms)}) + np.float64(b)"
+    return _written("stored, base, coefficients, out", len(stored), "b = widen(base[j])", value)
 
 
-def _function(arguments: str, expression: str) -> Any:
-    """A function of one expression, written out for a number of models."""
+def _written(arguments: str, models: int, first: str, value: str) -> Any:
+    """The loop written out for a number of models: arrays and coefficients in names of their own.
+
+    An array taken from a tuple inside the loop would be counted as referenced there, and nothing vectorised.
+    """
+    lines = [f"def loop({arguments}):"]
+    lines += [f"    s{i} = stored[{i}]; c{i} = coefficients[{i}]" for i in range(models)]
+    lines += ["    for j in range(out.size):", f"        {first}", f"        out[j] = np.float32({value})"]
     space: dict[str, Any] = {"np": np, "widen": widen}
-    exec(f"def written({arguments}): return {expression}", space)
-    return space["written"]
+    exec("\n".join(lines), space)
+    return space["loop"]
 
 
 @JIT
 def _sum(stored: Any, coefficients: Any, out: Any) -> None:
-    for j in range(out.size):
-        out[j] = np.float32(_terms(stored, coefficients, j))
+    _loop(stored, coefficients, out)
 
 
 @JIT
 def _sum_of_deltas(stored: Any, base: Any, coefficients: Any, out: Any) -> None:
-    for j in range(out.size):
-        b = widen(base[j])
-        out[j] = np.float32(_delta_terms(stored, b, coefficients, j) + np.float64(b))
+    _delta_loop(stored, base, coefficients, out)
 
 
 def elements(given: Given) -> tuple[Any, ...] | None:
@@ -70,6 +74,11 @@ def elements(given: Given) -> tuple[Any, ...] | None:
     return tuple(raw.view(kinds[code]) for raw, _ in given.stored)
 
 
+def _plain(coefficients: Any) -> tuple[float, ...]:
+    """Coefficients as a tuple: numbers in registers, which no store into the output can change."""
+    return tuple(float(c) for c in coefficients)
+
+
 def span_tile(method: Any, given: Given) -> Any:
     """The tile of a method that gives b + Σ c_i d_i (with a base) or Σ c_i x_i, where `coefficients` is [n]."""
     coefficients = given["coefficients"]
@@ -77,7 +86,7 @@ def span_tile(method: Any, given: Given) -> Any:
     if stored is None or coefficients is None or np.ndim(coefficients) != 1:
         return None
     out = given.scratch.array("values", (given.count,), np.float32)
-    weights = np.ascontiguousarray(coefficients, dtype=np.float64)
+    weights = _plain(coefficients)
     if given.has_base:
         _sum_of_deltas(stored[:-1], stored[-1], weights, out)
     else:
@@ -91,7 +100,7 @@ def slerp_tile(method: Any, given: Given) -> Any:
     if stored is None:
         return None
     out = given.scratch.array("values", (given.count,), np.float32)
-    _sum((stored[-1], stored[0]), np.asarray(given["coefficients"], dtype=np.float64), out)
+    _sum((stored[-1], stored[0]), _plain(given["coefficients"]), out)
     return out
 
 

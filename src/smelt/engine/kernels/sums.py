@@ -11,26 +11,33 @@ from smelt.methods.reducers import LANES, Gram, KthLargest, Sum
 
 
 @JIT
-def _add_lanes(row: Any, lanes: Any) -> None:
-    """lanes[l] += row[l], row[l + 256], ... in this order."""
-    whole = row.size // LANES * LANES
-    for start in range(0, whole, LANES):
-        part = row[start : start + LANES]
-        for lane in range(LANES):
-            lanes[lane] += np.float64(part[lane])
-    for j in range(whole, row.size):
-        lanes[j - whole] += np.float64(row[j])
+def _add_lanes(row: Any, block: int, lanes: Any) -> None:
+    """Per block, lanes[l] += row[l], row[l + 256], ... in this order."""
+    for number in range(len(lanes)):
+        part = row[number * block : min((number + 1) * block, row.size)]
+        target = lanes[number]
+        whole = part.size // LANES * LANES
+        for start in range(0, whole, LANES):
+            run = part[start : start + LANES]
+            for lane in range(LANES):
+                target[lane] += np.float64(run[lane])
+        for j in range(whole, part.size):
+            target[j - whole] += np.float64(part[j])
 
 
 @JIT
-def _add_products(one: Any, two: Any, lanes: Any) -> None:
-    whole = one.size // LANES * LANES
-    for start in range(0, whole, LANES):
-        a, b = one[start : start + LANES], two[start : start + LANES]
-        for lane in range(LANES):
-            lanes[lane] += np.float64(a[lane]) * np.float64(b[lane])
-    for j in range(whole, one.size):
-        lanes[j - whole] += np.float64(one[j]) * np.float64(two[j])
+def _add_products(one: Any, two: Any, block: int, lanes: Any) -> None:
+    for number in range(len(lanes)):
+        low, high = number * block, min((number + 1) * block, one.size)
+        first, second = one[low:high], two[low:high]
+        target = lanes[number]
+        whole = first.size // LANES * LANES
+        for start in range(0, whole, LANES):
+            a, b = first[start : start + LANES], second[start : start + LANES]
+            for lane in range(LANES):
+                target[lane] += np.float64(a[lane]) * np.float64(b[lane])
+        for j in range(whole, first.size):
+            target[j - whole] += np.float64(first[j]) * np.float64(second[j])
 
 
 @JIT
@@ -46,30 +53,32 @@ def _count_lower(bits: Any, upper: Any, histogram: Any) -> None:
             histogram[bits[j] & np.uint32(0xFFFF)] += 1
 
 
-def sum_partial(reducer: Sum, values: Any) -> Any:
-    """As `Sum.partial`."""
+def sum_partials(reducer: Sum, values: Any, block: int) -> Any:
+    """As `Sum.partial` of each block: [blocks, n, 256]; None where there is no kernel."""
     if not reducer.by_lanes or values.dtype != np.float32:
-        return reducer.partial(values)
-    lanes = np.zeros((len(values), LANES))
-    for row, target in zip(values, lanes, strict=True):
-        _add_lanes(np.ascontiguousarray(row).reshape(-1), target)
-    return lanes
+        return None
+    rows = np.ascontiguousarray(values).reshape(len(values), -1)
+    lanes = np.zeros((len(rows), -(-rows.shape[1] // block), LANES))
+    for row, target in zip(rows, lanes, strict=True):
+        _add_lanes(row, block, target)
+    return lanes.transpose(1, 0, 2)
 
 
-def gram_partial(reducer: Gram, values: Any) -> Any:
-    """As `Gram.partial`."""
+def gram_partials(reducer: Gram, values: Any, block: int) -> Any:
+    """As `Gram.partial` of each block: [blocks, k, k, 256]; None where there is no kernel."""
     if not reducer.by_lanes or any(vector.dtype != np.float32 for vector in values):
-        return reducer.partial(values)
+        return None
     vectors = [np.ascontiguousarray(vector).reshape(-1) for vector in values]
-    lanes = np.zeros((len(vectors), len(vectors), LANES))
+    k = len(vectors)
+    lanes = np.zeros((k, k, -(-vectors[0].size // block), LANES))
     for i, one in enumerate(vectors):
-        for j in range(i, len(vectors)):
-            _add_products(one, vectors[j], lanes[i, j])
+        for j in range(i, k):
+            _add_products(one, vectors[j], block, lanes[i, j])
             lanes[j, i] = lanes[i, j]
-    return lanes
+    return lanes.transpose(2, 0, 1, 3)
 
 
-def cut_partial(reducer: KthLargest, values: Any) -> Any:
+def cut_partial(reducer: KthLargest, values: Any, block: int) -> Any:
     """As `KthLargest.partial`."""
     numbers, counts = (np.asarray(part) for part in values)
     rows = np.ascontiguousarray(numbers).view(np.uint32).reshape(len(numbers), -1)
@@ -98,5 +107,5 @@ def count_digits(bits: Any, prefixes: Any, targets: Any) -> None:
             _count_lower(bits, np.uint32(prefix), targets[place])
 
 
-PARTIALS: dict[type, Any] = {Sum: sum_partial, Gram: gram_partial, KthLargest: cut_partial}
+PARTIALS: dict[type, Any] = {Sum: sum_partials, Gram: gram_partials, KthLargest: cut_partial}
 """Reducer -> its kernel."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba.extending import overload
 
 from smelt.engine.given import Given
 from smelt.engine.kernels.compiled import JIT, draw, widen
 from smelt.engine.kernels.span import elements
-from smelt.engine.kernels.sums import count_digits, histograms
+from smelt.engine.kernels.sums import histograms
+from smelt.engine.tiles import BLOCK
 from smelt.methods.reducers import LANES
 from smelt.methods.stages import TINY, counts_to_keep, divisor
 
@@ -50,42 +52,125 @@ def _keep(deltas: Any, rule: int, value: Any, share: Any, density: Any, key: Any
             draw(key[0], key[1], start, numbers)
             for j in range(deltas.size):
                 magnitude = np.abs(deltas[j])
-                if not (magnitude > value or (magnitude == value and numbers[j] < share)):
+                if magnitude <= value and not (magnitude == value and numbers[j] < share):
                     deltas[j] = np.float32(0.0)
         else:
             kept = share >= np.float32(1.0)
             for j in range(deltas.size):
                 magnitude = np.abs(deltas[j])
-                if not (magnitude > value or (kept and magnitude == value)):
+                if magnitude <= value and not (kept and magnitude == value):
                     deltas[j] = np.float32(0.0)
 
 
 @JIT
 def _add_magnitudes(
-    stored: Any, base: Any, rule: int, value: Any, share: Any, density: Any, key: Any, start: int, lanes: Any
+    stored: Any,
+    base: Any,
+    rule: int,
+    value: Any,
+    share: Any,
+    density: Any,
+    key: Any,
+    start: int,
+    block: int,
+    lanes: Any,
 ) -> None:
-    """Add abs of what is kept of one model's deltas to the lanes, in the order of `Sum`."""
+    """Add abs of what is kept of one model's deltas to each block's lanes, in the order of `Sum`."""
     deltas = np.empty(RUN, dtype=np.float32)
     numbers = np.empty(RUN, dtype=np.float32)
-    for low in range(0, stored.size, RUN):
+    for low in range(0, stored.size, RUN):  # runs are whole lanes, and blocks whole runs
         high = min(low + RUN, stored.size)
         part = deltas[: high - low]
         _deltas(stored[low:high], base[low:high], part)
         _keep(part, rule, value, share, density, key, start + low, numbers[: high - low])
+        target = lanes[low // block]
         whole = part.size // LANES * LANES
         for first in range(0, whole, LANES):
             row = part[first : first + LANES]
             for lane in range(LANES):
-                lanes[lane] += np.float64(np.abs(row[lane]))
+                target[lane] += np.float64(np.abs(row[lane]))
         for j in range(whole, part.size):
-            lanes[j - whole] += np.float64(np.abs(part[j]))
+            target[j - whole] += np.float64(np.abs(part[j]))
+
+
+def _trim_and_elect(stored, base, value, share, density, numbers, weight, scale, normalize, total, factor, out):
+    """One run of b + λ · mixed: trim, elect."""
+    raise NotImplementedError
+
+
+def _drop_and_elect(stored, base, value, share, density, numbers, weight, scale, normalize, total, factor, out):
+    """One run of b + λ · mixed: drop at random, elect."""
+    raise NotImplementedError
+
+
+def _drop_and_add(stored, base, value, share, density, numbers, weight, scale, normalize, total, factor, out):
+    """One run of b + λ · mixed: drop at random, add."""
+    raise NotImplementedError
+
+
+@overload(_trim_and_elect)
+def _written_trim_and_elect(stored, base, value, share, density, numbers, weight, scale, normalize, total, factor, out):
+    return _written(len(stored), random=False, elected=True)
+
+
+@overload(_drop_and_elect)
+def _written_drop_and_elect(stored, base, value, share, density, numbers, weight, scale, normalize, total, factor, out):
+    return _written(len(stored), random=True, elected=True)
+
+
+@overload(_drop_and_add)
+def _written_drop_and_add(stored, base, value, share, density, numbers, weight, scale, normalize, total, factor, out):
+    return _written(len(stored), random=True, elected=False)
+
+
+def _written(models: int, *, random: bool, elected: bool) -> Any:
+    """The loop over the elements of a run, written out for a number of models so that all stays in registers.
+
+    The operations and their order are those of `methods.stages.combine`. Conditions are joined without branches.
+    """
+    each = range(models)
+    lines = ["def loop(stored, base, value, share, density, numbers, weight, scale, normalize, total, factor, out):"]
+    for i in each:
+        lines.append(f"    s{i} = stored[{i}]; u{i} = numbers[{i}]; v{i} = value[{i}]; h{i} = share[{i}]")
+        lines.append(f"    p{i} = density[{i}]; w{i} = weight[{i}]; f{i} = scale[{i}]")
+    lines += ["    zero = np.float32(0.0)", "    for j in range(out.size):", "        b = widen(base[j])"]
+    for i in each:
+        keep = f"np.float64(u{i}[j]) < p{i}" if random else f"(not m{i} <= v{i}) | ((m{i} == v{i}) & (u{i}[j] < h{i}))"
+        lines.append(f"        d{i} = widen(s{i}[j]) - b")
+        lines.append(f"        m{i} = np.abs(d{i})")
+        lines.append(f"        e{i} = f{i} * np.float64(d{i} if {keep} else zero)")
+    lines.append(f"        t = {' + '.join(f'e{i}' for i in each)}")
+    if elected:
+        lines += ["        up = t >= 0.0", "        mixed = 0.0", "        agreeing = 0.0"]
+        for i in each:
+            lines.append(f"        a = (up & (not e{i} <= 0.0)) | ((not up) & (not e{i} >= 0.0))")
+            lines.append(f"        mixed = mixed + e{i} if a else mixed")
+            lines.append(f"        agreeing = agreeing + w{i} if a else agreeing")
+        lines.append(f"        below = agreeing if normalize & (np.abs(agreeing) >= {TINY!r}) else 1.0")
+        lines.append("        t = mixed / below")
+    else:
+        lines.append("        t = t / total")
+    lines.append("        out[j] = np.float32(np.float64(b) + factor * t)")
+    space: dict[str, Any] = {"np": np, "widen": widen}
+    exec("\n".join(lines), space)
+    return space["loop"]
+
+
+@JIT
+def _equals(stored: Any, base: Any, value: Any) -> int:
+    """How many magnitudes of one model's deltas equal the cut."""
+    equal = 0
+    for j in range(stored.size):
+        equal += np.abs(widen(stored[j]) - widen(base[j])) == value
+    return equal
 
 
 @JIT
 def _mix(
     stored: Any,
     base: Any,
-    rule: int,
+    random: bool,
+    elected: bool,
     value: Any,
     share: Any,
     density: Any,
@@ -93,61 +178,41 @@ def _mix(
     start: int,
     weight: Any,
     scale: Any,
-    elected: bool,
     normalize: bool,
-    total_weight: float,
+    total: float,
     factor: float,
     out: Any,
 ) -> None:
-    """b + λ · mixed of a tile: keep, weigh, elect, normalise; see `methods.stages.combine`."""
-    models = len(stored)
-    weighted = np.empty((models, RUN), dtype=np.float64)
-    totals = np.empty(RUN, dtype=np.float64)
-    mixed = np.empty(RUN, dtype=np.float64)
-    agreeing = np.empty(RUN, dtype=np.float64)
-    deltas = np.empty(RUN, dtype=np.float32)
-    numbers = np.empty(RUN, dtype=np.float32)
+    """b + λ · mixed of a tile, run by run; random numbers are made where they decide something."""
+    room = np.zeros((len(stored), RUN), dtype=np.float32)
     for low in range(0, out.size, RUN):
         high = min(low + RUN, out.size)
-        count = high - low
-        bases = base[low:high]
-        total = totals[:count]
-        for i in range(models):
-            part = deltas[:count]
-            _deltas(stored[i][low:high], bases, part)
-            _keep(part, rule, value[i], share[i], density[i], keys[i], start + low, numbers[:count])
-            row = weighted[i][:count]
-            amount = scale[i]
-            if i == 0:
-                for j in range(count):
-                    row[j] = amount * np.float64(part[j])
-                    total[j] = row[j]
-            else:
-                for j in range(count):
-                    row[j] = amount * np.float64(part[j])
-                    total[j] += row[j]
-        result = out[low:high]
-        if not elected:
-            for j in range(count):
-                result[j] = np.float32(np.float64(widen(bases[j])) + factor * (total[j] / total_weight))
-            continue
-        sums = mixed[:count]
-        weights = agreeing[:count]
-        sums[:] = 0.0
-        weights[:] = 0.0
-        for i in range(models):
-            row = weighted[i][:count]
-            amount = weight[i]
-            for j in range(count):
-                agrees = row[j] > 0.0 if total[j] >= 0.0 else row[j] < 0.0
-                sums[j] = sums[j] + row[j] if agrees else sums[j]
-                weights[j] = weights[j] + amount if agrees else weights[j]
-        if normalize:
-            for j in range(count):
-                below = weights[j] if np.abs(weights[j]) >= TINY else 1.0
-                sums[j] = sums[j] / below
-        for j in range(count):
-            result[j] = np.float32(np.float64(widen(bases[j])) + factor * sums[j])
+        bases, result = base[low:high], out[low:high]
+        for i in range(len(stored)):
+            part = stored[i][low:high]
+            decides = random or (np.float32(0.0) < share[i] < np.float32(1.0) and _equals(part, bases, value[i]) > 0)
+            if decides:
+                draw(keys[i, 0], keys[i, 1], start + low, room[i][: high - low])
+        parts = _cut_out(stored, low, high)
+        if not random:
+            _trim_and_elect(parts, bases, value, share, density, room, weight, scale, normalize, total, factor, result)
+        elif elected:
+            _drop_and_elect(parts, bases, value, share, density, room, weight, scale, normalize, total, factor, result)
+        else:
+            _drop_and_add(parts, bases, value, share, density, room, weight, scale, normalize, total, factor, result)
+
+
+def _cut_out(stored: Any, low: int, high: int) -> Any:
+    """Elements [low, high) of each model's array."""
+    raise NotImplementedError
+
+
+@overload(_cut_out)
+def _written_cut_out(stored, low, high):
+    items = "".join(f"stored[{i}][low:high], " for i in range(len(stored)))
+    space: dict[str, Any] = {}
+    exec(f"def cut(stored, low, high): return ({items})", space)
+    return space["cut"]
 
 
 def _rule(method: Any, given: Given, *, random: bool) -> tuple[Any, ...]:
@@ -177,24 +242,37 @@ def tile(method: Any, given: Given, *, random: bool, elected: bool) -> Any:
     total_weight = divisor(weight) if method.normalize and not elected else 1.0
     out = given.scratch.array("values", (given.count,), np.float32)
     rule, value, share, density = _rule(method, given, random=random)
-    keys = _keys(given)
-    settings = (weight, scale, elected, bool(method.normalize), total_weight, float(method.lambda_))
-    _mix(stored[:-1], stored[-1], rule, value, share, density, keys, given.start, *settings, out)
+    if rule == _KEEP_ALL:  # a cut below every magnitude
+        value, share = value - np.float32(1.0), share
+    numbers = (_plain(value, np.float32), _plain(share, np.float32), _plain(density, float), _keys(given), given.start)
+    settings = (
+        _plain(weight, float),
+        _plain(scale, float),
+        bool(method.normalize),
+        total_weight,
+        float(method.lambda_),
+    )
+    _mix(stored[:-1], stored[-1], random, elected, *numbers, *settings, out)
     return out
 
 
+def _plain(numbers: Any, kind: Any) -> tuple[Any, ...]:
+    """One number per model as a tuple, which the kernel holds in registers."""
+    return tuple(kind(number) for number in numbers)
+
+
 def magnitudes(method: Any, given: Given, *, kept: bool, random: bool) -> Any:
-    """Partial results of Σ abs(d_i), of all entries or of those kept, for one block: lanes [n, 256]."""
+    """Partial results of Σ abs(d_i), of all entries or of those kept: lanes [blocks, n, 256]."""
     stored = elements(given)
     if stored is None:
         return None
-    lanes = np.zeros((given.models, LANES))
+    lanes = np.zeros((given.models, -(-given.count // BLOCK), LANES))
     rule, value, share, density = _rule(method, given, random=random) if kept else _nothing_dropped(given)
     keys = _keys(given)
     for i in range(given.models):
-        key = keys[i]
-        _add_magnitudes(stored[i], stored[-1], rule, value[i], share[i], density[i], key, given.start, lanes[i])
-    return lanes
+        settings = (rule, value[i], share[i], density[i], keys[i], given.start, BLOCK)
+        _add_magnitudes(stored[i], stored[-1], *settings, lanes[i])
+    return lanes.transpose(1, 0, 2)
 
 
 def _nothing_dropped(given: Given) -> tuple[Any, ...]:
@@ -202,17 +280,34 @@ def _nothing_dropped(given: Given) -> tuple[Any, ...]:
     return _KEEP_ALL, zeros, zeros, np.zeros(given.models)
 
 
+@JIT
+def _count_magnitudes(stored: Any, base: Any, targets: Any, prefixes: Any) -> None:
+    """Histograms of the 16-bit digits of abs(d): of the upper ones, or of the lower ones behind each prefix."""
+    bits = np.empty(RUN, dtype=np.uint32)
+    for low in range(0, stored.size, RUN):
+        high = min(low + RUN, stored.size)
+        part = bits[: high - low]
+        _magnitude_bits(stored[low:high], base[low:high], part)
+        if prefixes.size == 0:
+            target = targets[0]
+            for j in range(part.size):
+                target[part[j] >> np.uint32(16)] += 1
+        for place in range(prefixes.size):
+            target = targets[place]
+            for j in range(part.size):
+                if part[j] >> np.uint32(16) == prefixes[place]:
+                    target[part[j] & np.uint32(0xFFFF)] += 1
+
+
 def cut(method: Any, given: Given, reducer: Any) -> Any:
-    """The partial result of KthLargest over abs(d_i), for a tile."""
+    """The partial result of KthLargest over abs(d_i)."""
     stored = elements(given)
     if stored is None:
         return None
     histogram = histograms(reducer, given.models)
-    bits = given.scratch.array("bits", (given.count,), np.uint32)
-    prefixes = reducer.prefixes(given.models)
+    prefixes = reducer.prefixes(given.models).astype(np.uint32)
     for i in range(given.models):
-        _magnitude_bits(stored[i], stored[-1], bits)
-        count_digits(bits, prefixes[i], histogram[i])
+        _count_magnitudes(stored[i], stored[-1], histogram[i], prefixes[i])
     return counts_to_keep(method.density, given["size"]).reshape(given.models, -1), histogram
 
 
@@ -228,4 +323,4 @@ FUNCTIONS: dict[tuple[str, str], Any] = {
     ("dare_ties", "kept"): lambda method, given, reducer: magnitudes(method, given, kept=True, random=True),
     ("dare_ties", "tile"): lambda method, given: tile(method, given, random=True, elected=True),
 }
-"""(method, function) -> kernel. Those of sums are given one block at a time."""
+"""(method, function) -> kernel."""

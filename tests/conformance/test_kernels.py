@@ -1,0 +1,119 @@
+"""Compiled kernels against the array definitions: every method, every type that has a kernel, to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conformance.draws import NAMES, TYPES, kinds, settings, tensors
+from conformance.driver import merge
+from smelt.engine.kernels import DEFINITIONS, fused
+from smelt.engine.kernels.codecs import decode, encode, uniform
+from smelt.engine.rng import key
+from smelt.engine.rng import uniform as plain_uniform
+from smelt.methods import api
+from smelt.methods.reducers import Gram, KthLargest, Sum
+
+SHAPES = [(), (1,), (7,), (511,), (257, 3), (70001,), (300, 1000)]
+
+
+def test_there_are_kernels() -> None:
+    """Without numba every test here would compare the definitions with themselves."""
+    assert fused() is not DEFINITIONS
+    for method, function in fused().functions:
+        info = api.get(method)
+        assert function == "tile" or function in {reduction.name for reduction in info.reductions}, (method, function)
+
+
+@pytest.mark.parametrize("types", ["bfloat16", "float32", "mixed"])
+@pytest.mark.parametrize("method", NAMES)
+def test_the_bits_are_those_of_the_definitions(method: str, types: str) -> None:
+    info = api.get(method)
+    rng = np.random.default_rng(8)
+    for n, with_base in kinds(info)[-2:]:
+        for round_ in range(3):
+            values = settings(info, rng, n)
+            for shape in SHAPES if round_ == 0 else SHAPES[-2:]:
+                models, base = tensors(shape, rng, n, TYPES[types])
+                outcomes = [
+                    ended(method, models, base if with_base else None, values, kernels) for kernels in (False, True)
+                ]
+                assert outcomes[0] == outcomes[1], (shape, values)
+
+
+def ended(method: str, models: Any, base: Any, values: Any, kernels: bool) -> Any:
+    """The bytes of the result, or the kind of error."""
+    try:
+        return merge(method, models, base, values=values, kernels=kernels).values.tobytes()
+    except Exception as error:
+        return type(error).__name__
+
+
+def test_entries_that_equal_the_cut() -> None:
+    """Deltas of a few sizes only: the random decision at the cut is the same."""
+    rng = np.random.default_rng(2)
+    info = api.get("ties")
+    for density in (0.1, 0.5, 0.77):
+        models = [rng.integers(-3, 4, 70001).astype(np.float32) for _ in range(3)]
+        values = {**settings(info, rng, 3), "density": [density] * 3}
+        base = np.zeros(70001, dtype=np.float32)
+        one, two = (ended("ties", models, base, values, kernels) for kernels in (False, True))
+        assert one == two
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear", "linear", "slerp"])
+def test_numbers_that_are_none(method: str, bad: float) -> None:
+    info = api.get(method)
+    rng = np.random.default_rng(4)
+    n, with_base = kinds(info)[-1]
+    models, base = tensors((3000,), rng, n, TYPES["float32"])
+    models[0][[5, 700]] = bad
+    values = settings(info, rng, n)
+    one, two = (ended(method, models, base if with_base else None, values, kernels) for kernels in (False, True))
+    assert one == two
+
+
+def test_codecs_over_all_of_bfloat16() -> None:
+    from smelt import dtypes
+
+    codes = np.arange(1 << 16, dtype=np.uint16)
+    here, there = np.empty(1 << 16, dtype=np.float32), np.empty(1 << 16, dtype=np.float32)
+    decode(codes.view(np.uint8), dtypes.BF16, here)
+    dtypes.decode(codes.view(np.uint8), dtypes.BF16, there)
+    assert here.tobytes() == there.tobytes()
+    rng = np.random.default_rng(0)
+    bits = np.concatenate(
+        [rng.integers(0, 1 << 32, 1 << 20, dtype=np.uint32), np.array([0x7F800001, 0xFFFFFFFF], "u4")]
+    )
+    one, two = np.empty(2 * len(bits), dtype=np.uint8), np.empty(2 * len(bits), dtype=np.uint8)
+    encode(bits.view(np.float32), dtypes.BF16, one)
+    dtypes.encode(bits.view(np.float32), dtypes.BF16, two)
+    assert one.tobytes() == two.tobytes()
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 1), (1, 1), (1, 2), (3, 1000), (4, 999), (65536, 131071)])
+def test_random_numbers(start: int, stop: int) -> None:
+    stream = key(3, "w", 1)
+    out = np.empty(stop - start, dtype=np.float32)
+    assert uniform(stream, start, stop, out).tobytes() == plain_uniform(stream, start, stop).tobytes()
+
+
+@pytest.mark.parametrize("reducer", [Sum, Gram, KthLargest])
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 65536, 65000])
+def test_partial_results(reducer: Any, count: int) -> None:
+    rng = np.random.default_rng(count)
+    values: Any = np.abs(rng.standard_normal((3, count), dtype=np.float32))
+    if reducer is KthLargest:
+        values = (values, np.array([0, count // 2, count]))
+    one, two = (reducer(scope="tensor", size=count) for _ in range(2))
+    for _ in range(reducer.rounds):
+        made = fused().partials[reducer](two, values, 65536)
+        parts = one.partial(values), made[0] if reducer.ordered and count else made
+        if not count:
+            return
+        assert np.asarray(parts[0][-1]).tobytes() == np.asarray(parts[1][-1]).tobytes()
+        for side, part in zip((one, two), parts, strict=True):
+            side.close(side.fold(None, part))
