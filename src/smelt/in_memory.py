@@ -9,12 +9,13 @@ import numpy as np
 
 from smelt.dtypes import BY_NAME, Bytes, DType
 from smelt.engine.run import check_equal, run
-from smelt.errors import InputError, RecipeError
+from smelt.errors import InputError, RecipeError, raise_all
 from smelt.methods import api
 from smelt.planning.anatomy import anatomy
-from smelt.planning.build import build, check_recipe
+from smelt.planning.build import build
 from smelt.planning.entries import Plan, PlannedModel
 from smelt.planning.locate import Model
+from smelt.recipe.check import check_parameters
 from smelt.recipe.parse import from_dict
 from smelt.specs import ModelRef, TensorSpec
 from smelt.storage.sources.memory import MemoryCheckpoint
@@ -50,7 +51,7 @@ def merge_state_dicts(
         raise RecipeError("there is no model to merge", fix="give at least one state dict")
     names = [f"#{i + 1}" for i in range(len(models))]
     recipe = from_dict(_recipe(names, method, base is not None, dtype, parameters) | {"allow": list(allow)})
-    check_recipe(recipe)
+    raise_all(check_parameters(recipe))
     given = dict(zip(names, models, strict=True))
     if base is not None:
         given["base"] = base

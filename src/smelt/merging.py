@@ -14,16 +14,17 @@ from typing import Any, get_args
 
 from smelt.engine.forecast import Forecast, forecast
 from smelt.engine.run import RunResult, check_equal, run
-from smelt.errors import InputError, NumericError, RecipeError, StorageError
+from smelt.errors import InputError, NumericError, RecipeError, StorageError, raise_all
 from smelt.lineage.card import CARD, card
 from smelt.lineage.record import RECORD, file_digest, record
 from smelt.methods.loading import MethodFile, load_file
-from smelt.planning.build import build, check_recipe
+from smelt.planning.build import build
 from smelt.planning.check import check
 from smelt.planning.companions import small_files
 from smelt.planning.entries import Plan
-from smelt.planning.locate import Model, open_models
+from smelt.planning.locate import Model, missing_folders, open_models
 from smelt.recipe.canonical import canonical, to_yaml
+from smelt.recipe.check import check_parameters
 from smelt.recipe.parse import from_dict, load
 from smelt.recipe.schema import Recipe, Relaxation
 from smelt.storage import files
@@ -97,7 +98,8 @@ def prepare(
         recipe = from_dict(recipe)
     with ExitStack() as stack:
         method_files = _load_methods(recipe, beside or Path.cwd(), stack, trust=trust_methods)
-        check_recipe(recipe)
+        if problems := check_parameters(recipe):  # then nothing is fetched, but what is surely missing is told too
+            raise_all([*problems, *missing_folders(recipe.mentions(), beside=beside)])
         opened = open_models(recipe.mentions(), beside=beside, stack=stack, weights=weights)
         plan = build(recipe, opened, allow=allowed, seed=seed)
         models = tuple({id(opened[name.text]): opened[name.text] for name in recipe.model_names()}.values())

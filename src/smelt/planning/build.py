@@ -18,15 +18,10 @@ from smelt.planning.locate import Model
 from smelt.planning.sections import sections
 from smelt.planning.tokens import choose_tokens
 from smelt.recipe.canonical import digest
-from smelt.recipe.check import check_parameters, notes
+from smelt.recipe.check import notes
 from smelt.recipe.schema import Recipe
 from smelt.recipe.select import Found, Level, resolve, unmatched
 from smelt.specs import TensorSpec
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """What can be said of a recipe before any model is opened; all problems at once."""
-    raise_all(check_parameters(recipe))
 
 
 def build(recipe: Recipe, opened: Mapping[str, Model], *, allow: frozenset[str] = frozenset(), seed: int = 0) -> Plan:

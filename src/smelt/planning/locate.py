@@ -24,6 +24,7 @@ from smelt.storage.sources.hub import HubFolder, resolve
 from smelt.storage.sources.local import open_folder
 from smelt.storage.sources.remote import open_remote
 
+_WINDOWS = re.compile(r"\\|^[A-Za-z]:")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -101,20 +102,43 @@ def _open(place: Path, hub: HubFolder | None, name: str, stack: ExitStack) -> Te
     return stack.enter_context(open_folder(place, name=name))
 
 
-def _find(ref: ModelRef, beside: Path | None, weights: bool) -> tuple[Path, str, HubFolder | None]:
-    """The folder of a model, the name under which it is published, and what is known of it if it is the hub's."""
+def missing_folders(names: Mapping[ModelName, Sequence[str]], *, beside: Path | None) -> list[SmeltError]:
+    """Models that are certainly not there: paths, which the hub is not asked for. Nothing is opened.
+
+    So a recipe with a mistake is told all its mistakes, without a download.
+    """
+    problems: list[SmeltError] = []
+    for name, mention in names.items():
+        if _WINDOWS.search(name.text):  # the recipe's own check refuses these
+            continue
+        try:
+            _find_folder(resolve_name(name, folders=_roots(beside)), beside)
+        except SmeltError as error:
+            problems.extend(_at(mention, problem) for problem in error.problems)
+    return problems
+
+
+def _find_folder(ref: ModelRef, beside: Path | None) -> tuple[Path | None, list[Path]]:
+    """The local folder of a model, or None where only the hub can have it; and the places that were tried."""
     text = ref.path.rstrip("/\\") or ref.path
     local_only = text.startswith((".", "~", "/", "\\")) or Path(text).is_absolute() or ":" in text
     here = Path(os.path.expanduser(text))
     tried = [here] if here.is_absolute() else [root / here for root in _roots(beside)]
     for folder in tried:
         if os.path.exists(folder):
-            resolved = folder.resolve()
-            return resolved, resolved.name.encode("utf-8", "replace").decode() or "model", None
+            return folder.resolve(), tried
     if local_only or not _HUB_ID.fullmatch(text):
         raise InputError(f"there is no model at '{ref.text}'", where=_missing(tried), fix=_near_folder(tried))
+    return None, tried
+
+
+def _find(ref: ModelRef, beside: Path | None, weights: bool) -> tuple[Path, str, HubFolder | None]:
+    """The folder of a model, the name under which it is published, and what is known of it if it is the hub's."""
+    folder, tried = _find_folder(ref, beside)
+    if folder is not None:
+        return folder, folder.name.encode("utf-8", "replace").decode() or "model", None
     try:
-        found = resolve(text, ref.revision, weights=weights)
+        found = resolve(ref.path.rstrip("/\\"), ref.revision, weights=weights)
     except InputError as error:
         where = [*error.where, *_missing(tried)]
         raise InputError(error.message, where=where, fix=_near_folder(tried, error.fix)) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ def _download(repo: str, revision: str | None, cache: Path, *, weights: bool) ->
     import huggingface_hub
 
     try:
-        with nullcontext() if weights else _no_bars():
+        with nullcontext() if weights and sys.stderr.isatty() else _no_bars():
             found = huggingface_hub.snapshot_download(
                 repo,
                 revision=revision,
@@ -181,18 +182,20 @@ def _download(repo: str, revision: str | None, cache: Path, *, weights: bool) ->
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """No progress bars, unless the environment asks for them: small files take a moment, not an hour."""
+    """No progress bars, unless the environment asks for them: for small files, and where nobody is looking."""
     from huggingface_hub import constants, utils
 
     settings: Any = utils  # its functions are public, though not exported to type checkers
-    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or settings.are_progress_bars_disabled():
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is False:
         yield
         return
+    shown = not settings.are_progress_bars_disabled()
     settings.disable_progress_bars()
     try:
         yield
     finally:
-        settings.enable_progress_bars()
+        if shown:
+            settings.enable_progress_bars()
 
 
 def failure(error: Exception, repo: str, revision: str | None) -> SmeltError:
