@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,8 +36,9 @@ def merge_state_dicts(
 ) -> dict[str, Any]:
     """Merge state dicts (name -> NumPy array or torch tensor) and return one of the same kind.
 
-    `parameters` are the method's settings; a per-model one takes a number, or a sequence of one number per model.
-    `lambda` is written `lambda_`. Random methods draw the same numbers as a merge of files with the same seed does.
+    `base` may be one of `models`. `parameters` are the method's settings; a per-model one takes a number, or a sequence
+    of one number per model. `lambda` is written `lambda_`. Random methods draw the same numbers as a merge of files
+    with the same seed does.
 
     Raises RecipeError, InputError or NumericError.
 
@@ -49,27 +51,30 @@ def merge_state_dicts(
             raise RecipeError(f"{name} must be at least 1, not {number}", fix="leave it out for the default")
     if not models:
         raise RecipeError("there is no model to merge", fix="give at least one state dict")
+    if isinstance(models, Mapping) or not all(isinstance(model, Mapping) for model in models):
+        raise RecipeError("`models` is not a list of state dicts", fix="give [{name: array, ...}, ...]")
     names = [f"#{i + 1}" for i in range(len(models))]
-    recipe = from_dict(_recipe(names, method, base is not None, dtype, parameters) | {"allow": list(allow)})
-    raise_all(check_parameters(recipe))
     given = dict(zip(names, models, strict=True))
-    if base is not None:
+    base_name = next((name for name, model in given.items() if model is base), "base") if base is not None else None
+    if base_name == "base" and base is not None:
         given["base"] = base
+    recipe = from_dict(_recipe(names, method, base_name, dtype, parameters) | {"allow": list(allow)})
+    raise_all(check_parameters(recipe))
     opened = {name: _model(name, state) for name, state in given.items()}
     plan = build(recipe, opened, seed=seed)
     sources = [opened[model.published].source for model in plan.models]
     check_equal(plan, sources)
+    kind = "torch" if _is_torch(next(iter(models[0].values()), None)) else "numpy"
+    _check_types(plan, kind)
     sink = _Memory(plan)
     run(plan, sources, sink, workers=workers, tile=tile, allow_nonfinite="nonfinite" in recipe.allow)
-    like = next(iter(models[0].values()), None)
-    kind = "torch" if _is_torch(like) else "numpy"
     return {
         entry.name: _from_bytes(sink.data[entry.name], entry.dtype, entry.shape, kind=kind) for entry in plan.entries
     }
 
 
 def _recipe(
-    names: Sequence[str], method: str, has_base: bool, dtype: str | None, parameters: Mapping[str, Any]
+    names: Sequence[str], method: str, base: str | None, dtype: str | None, parameters: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The arguments as a recipe's tree."""
     fields = api.get(method).fields if method in api.names() else {}
@@ -82,7 +87,7 @@ def _recipe(
             if len(value) != len(names):
                 raise RecipeError(f"{name} has {len(value)} numbers for {len(names)} models", fix="give one per model")
             for settings, number in zip(each, value, strict=True):
-                settings[name] = float(number)
+                settings[name] = _number(number, name)
         else:
             shared[name] = value.item() if isinstance(value, np.generic) else value
     tree: dict[str, Any] = {
@@ -94,11 +99,26 @@ def _recipe(
     }
     if shared:
         tree["parameters"] = shared
-    if has_base:
-        tree["base_model"] = "base"
+    if base is not None:
+        tree["base_model"] = base
     if dtype is not None:
         tree["out_dtype"] = dtype
     return tree
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise RecipeError(f"{name} must be numbers, not {value!r}", fix="give one number per model") from None
+
+
+def _check_types(plan: Plan, kind: str) -> None:
+    """NumPy has no bfloat16 of its own. Raises InputError where the result would need the package that has it."""
+    needed = kind == "numpy" and any(entry.dtype.name == "bfloat16" for entry in plan.entries)
+    if needed and importlib.util.find_spec("ml_dtypes") is None:
+        fix = "pip install ml_dtypes, give torch tensors, or ask for dtype='float32'"
+        raise InputError("NumPy arrays of bfloat16 need the package ml_dtypes", fix=fix)
 
 
 def _model(name: str, state: Mapping[str, Any]) -> Model:

@@ -242,7 +242,7 @@ def merge(
         plan=plan,
         seconds=time.perf_counter() - started,
         engine_seconds=done.seconds,
-        bytes_read=prepared.forecast.bytes_read,
+        bytes_read=done.bytes_read,
         bytes_written=shards.total_bytes,
         nonfinite=nonfinite,
         warnings=(*plan.warnings, *_nonfinite_warnings(nonfinite)),

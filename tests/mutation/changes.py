@@ -143,7 +143,7 @@ class _Finder(ast.NodeVisitor):
         low, high = (start, stop) if shown is None else self._span(shown)
         both = self.source[low:high].decode(), (self.source[low:start] + new.encode() + self.source[stop:high]).decode()
         scope = tuple(tuple(range(node.lineno, (node.end_lineno or 0) + 1)) for node in reversed(self._around))
-        names = self._constants or tuple(_registered(self._around[0]) if self._around else ())
+        names = self._constants or tuple(registered(self._around[0]) if self._around else ())
         self.found.append(Change(self.file, line, start, stop, new, kind, both, *self._lines, scope, names))
 
     def _between(self, kind: str, left: Any, right: Any, old: str, new: str, shown: Any) -> None:
@@ -421,7 +421,7 @@ def _is_annotation(node: ast.expr) -> bool:
     return isinstance(node, ast.Subscript) and _called(node.value) in ANNOTATION_WORDS
 
 
-def _registered(node: ast.stmt) -> Iterator[str]:
+def registered(node: ast.AST) -> Iterator[str]:
     """The names under which a class registers itself as a method."""
     for decorator in node.decorator_list if isinstance(node, ast.ClassDef) else ():
         if isinstance(decorator, ast.Call) and _called(decorator) == "register":

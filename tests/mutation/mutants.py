@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from changes import Change, changes_of
+from changes import Change, changes_of, registered
 from report import Row, write_report
 from survey import TARGETS
 
@@ -40,10 +40,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CHOSEN = 25
 """Tests a mutant is given first."""
-MORE_SECONDS = 20.0
-"""Measured time of the further tests that a survivor is given."""
+MORE_SECONDS = 15.0
+"""Measured time of the further tests that a survivor is given, of each kind."""
 LIMIT = 60.0
-"""Seconds after which a mutant counts as one that does not end."""
+"""Seconds after which a mutant counts as one that does not end; three times as many with the further tests."""
 LEAST = 3
 """Changes taken from every file at least, where it has so many."""
 LEFT_OUT = (".*", "__pycache__", "node_modules", "out", "dist", "build", "benchmarks")
@@ -60,6 +60,12 @@ class Survey:
     """file -> line -> tests."""
     imported: dict[str, set[int]]
     """file -> lines that run outside tests, when modules are imported."""
+
+    def cheapest(self, test: int) -> tuple[float, str]:
+        return self.seconds[test], self.tests[test]
+
+    def dearest(self, test: int) -> tuple[float, str]:
+        return -self.seconds[test], self.tests[test]
 
 
 def main() -> int:
@@ -153,27 +159,33 @@ def touching(change: Change, survey: Survey, root: Path) -> set[int]:
     for scope in change.scope:
         found = found or of(scope)
     for name in change.names:
-        named = re.compile(rf"[\[-]{re.escape(name)}[\]-]")
-        found |= {i for i, test in enumerate(survey.tests) if named.search(test)}
-        found |= _users(name, survey, root)
+        found |= _of_method(name, survey) | _users(name, survey, root)
     return found or {test for tests in lines.values() for test in tests}
 
 
+def _of_method(name: str, survey: Survey) -> set[int]:
+    """Tests with the name of a method among their parameters."""
+    named = re.compile(rf"[\[-]{re.escape(name)}[\]-]")
+    return {i for i, test in enumerate(survey.tests) if named.search(test)}
+
+
 def _users(name: str, survey: Survey, root: Path) -> set[int]:
-    """Tests that run a statement with the name of a constant, or anything of a file that uses it at import."""
+    """Tests that run a statement with the name of a constant, and those of methods that are declared with it."""
     found: set[int] = set()
     for file, lines in survey.touched.items():
-        for node in ast.walk(ast.parse((root / file).read_bytes())):
-            if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load):
-                here = lines.get(node.lineno, ())
-                found.update(here or {test for tests in lines.values() for test in tests})
+        for statement in ast.parse((root / file).read_bytes()).body:
+            used = [node for node in ast.walk(statement) if isinstance(node, ast.Name) and node.id == name]
+            for node in used:
+                found.update(lines.get(node.lineno, ()))
+            for method in registered(statement) if used else ():
+                found |= _of_method(method, survey)
     return found
 
 
 def in_turn(tests: Iterable[int], survey: Survey) -> list[int]:
     """Tests in turn from each file and in it from each function, the cheapest first."""
     files: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for test in sorted(tests, key=lambda i: (survey.seconds[i], survey.tests[i])):
+    for test in sorted(tests, key=survey.cheapest):
         function = survey.tests[test].split("[")[0]
         files[function.split("::")[0]][function].append(test)
     turns = [[turn for turns in _turns(list(functions.values())) for turn in turns] for functions in files.values()]
@@ -181,20 +193,26 @@ def in_turn(tests: Iterable[int], survey: Survey) -> list[int]:
 
 
 def choose(change: Change, survey: Survey, root: Path) -> tuple[list[str], list[str]]:
-    """CHOSEN tests that touch the change, and further ones; of any kind, if the statement runs at import."""
+    """CHOSEN tests that touch the change, and further ones; also one of each function, if it runs at import."""
     found = touching(change, survey, root)
     order = in_turn(found, survey)
-    first, rest = order[:CHOSEN], order[CHOSEN:]
+    first, more = order[:CHOSEN], _within(MORE_SECONDS, order[CHOSEN:], survey)
     if not survey.imported.get(change.file, set()).isdisjoint(range(change.first, change.last + 1)):
-        rest += in_turn(set(range(len(survey.tests))) - found, survey)
-    more, spent = [], 0.0
-    for test in rest:
-        spent += survey.seconds[test]
-        if spent <= MORE_SECONDS:
-            more.append(test)
-    both = (sorted(tests, key=lambda i: survey.seconds[i]) for tests in (first, more))
-    chosen, further = ([survey.tests[i] for i in tests] for tests in both)
+        others = {survey.tests[i].split("[")[0]: i for i in sorted(range(len(survey.tests)), key=survey.dearest)}
+        rest = sorted(set(others.values()) - {*first, *more}, key=survey.cheapest)
+        more += _within(MORE_SECONDS, rest, survey)
+    chosen, further = ([survey.tests[i] for i in sorted(tests, key=survey.cheapest)] for tests in (first, more))
     return chosen, further
+
+
+def _within(seconds: float, tests: Iterable[int], survey: Survey) -> list[int]:
+    """Tests in order, as many as can be run in the time."""
+    found = []
+    for test in tests:
+        seconds -= survey.seconds[test]
+        if seconds >= 0.0:
+            found.append(test)
+    return found
 
 
 def _turns(queues: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -240,8 +258,8 @@ class Server:
             env=_environment(root),
         )
 
-    def ask(self, file: str, content: bytes, tests: Sequence[str]) -> dict[str, Any]:
-        job = {"file": file, "content": base64.b64encode(content).decode(), "tests": tests, "limit": LIMIT}
+    def ask(self, file: str, content: bytes, tests: Sequence[str], *, limit: float = LIMIT) -> dict[str, Any]:
+        job = {"file": file, "content": base64.b64encode(content).decode(), "tests": tests, "limit": limit}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
@@ -282,7 +300,7 @@ def run_all(roots: Sequence[Path], state: Path, survey: Survey, sample: Sequence
                 reply = server.ask(change.file, change.applied(source), chosen)
                 reply["tests"], reply["round"] = len(chosen), 1
                 if reply["outcome"] in ("survived", "empty") and more:
-                    reply = server.ask(change.file, change.applied(source), more)
+                    reply = server.ask(change.file, change.applied(source), more, limit=3 * LIMIT)
                     reply["tests"], reply["round"] = len(chosen) + len(more), 2
                 line = source.splitlines()[change.line - 1].decode().strip()
                 rows[number] = Row(change, line, reply)

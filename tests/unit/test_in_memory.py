@@ -214,7 +214,12 @@ ONE = {"w": np.ones(3, np.float32)}
         ([ONE, ONE], {"workers": 0}, RecipeError, "workers must be at least 1"),
         ([ONE, ONE], {"tile": -1}, RecipeError, "tile must be at least 1"),
         ([ONE, ONE], {"method": "ties", "weight": 1}, RecipeError, "ties needs a base model"),
-        ([ONE, ONE], {"method": "slerp", "base": ONE, "weight": None, "t": 0.5}, RecipeError, ""),
+        (
+            [ONE, dict(ONE), dict(ONE)],
+            {"method": "slerp", "base": ONE, "weight": None, "t": 0.5},
+            RecipeError,
+            "exactly 1 model",
+        ),
         ([ONE, {"w": np.ones(4, np.float32)}], {}, InputError, "tensor 'w' has different shapes"),
         ([ONE, {"w": np.ones((1, 3), np.float32)}], {}, InputError, "different shapes"),
         ([ONE, {}], {}, InputError, "missing in #2"),

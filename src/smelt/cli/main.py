@@ -124,7 +124,7 @@ def _report(error: SmeltError, as_json: bool) -> int:
     else:
         print(visible(error.render()), file=sys.stderr)
         if isinstance(error, ManyProblems):
-            print(f"{len(error.problems)} problems; nothing was written", file=sys.stderr)
+            print(f"{len(error.problems)} problems", file=sys.stderr)
     return error.exit_code
 
 

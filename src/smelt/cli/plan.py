@@ -58,7 +58,7 @@ def plan(
         weights=False,
     ) as prepared:
         if explain is not None:
-            print(_explained(prepared, explain, as_json=as_json))
+            print(_explained(prepared, explain, as_json=True) if as_json else visible(_explained(prepared, explain)))
         elif as_json:
             tree = plan_json(prepared.plan)
             for row in tree["tensors"]:
@@ -75,7 +75,7 @@ def plan(
     return 0
 
 
-def _explained(prepared: Prepared, wanted: str, *, as_json: bool) -> str:
+def _explained(prepared: Prepared, wanted: str, *, as_json: bool = False) -> str:
     """How the numbers of one tensor came about; of several whose names contain `wanted`, one after the other."""
     entries = [entry for entry in prepared.plan.entries if entry.name == wanted]
     entries = entries or [entry for entry in prepared.plan.entries if wanted in entry.name]

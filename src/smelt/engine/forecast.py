@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from smelt.engine.reducing import bind, schedule
-from smelt.engine.run import KEEP_BYTES, default_workers
+from smelt.engine.run import KEEP_BYTES, WORTH_KERNELS, default_workers
 from smelt.engine.tiles import DEFAULT_TILE, Geometry
 from smelt.planning.entries import Action, Entry, Plan
 from smelt.specs import Grain
 
-INTERPRETER = 110 << 20
+INTERPRETER = 120 << 20
 """Resident bytes of Python with NumPy and what smelt loads, before any tile."""
+COMPILER = 180 << 20
+"""Resident bytes of numba at its largest: while it compiles, the first time a kernel is used on a machine."""
 PER_ENTRY = 3000
 """Bytes of bookkeeping per output tensor."""
 
@@ -40,15 +42,16 @@ def forecast(plan: Plan, *, workers: int | None = None, tile: int | None = None)
     tile = tile or DEFAULT_TILE
     read = 0
     counts: dict[str, int] = {}
-    largest = 0
-    kept = False
+    largest = kept = 0
     for entry in plan.entries:
         count = counts[entry.name] = passes(entry)
         fits = entry.input_bytes <= KEEP_BYTES
-        kept = kept or (count > 1 and fits)
+        kept += entry.input_bytes if count > 1 and fits else 0
         read += entry.input_bytes * (1 if fits else count)
         largest = max(largest, _worker_bytes(entry, tile))
-    memory = INTERPRETER + PER_ENTRY * len(plan.entries) + workers * largest + (KEEP_BYTES if kept else 0)
+    memory = INTERPRETER + PER_ENTRY * len(plan.entries) + workers * largest + min(kept, KEEP_BYTES)
+    if plan.input_bytes >= WORTH_KERNELS:
+        memory += COMPILER
     return Forecast(read, plan.output_bytes, counts, memory, workers)
 
 
@@ -61,4 +64,4 @@ def _worker_bytes(entry: Entry, tile: int) -> int:
     if entry.action is not Action.MERGE:
         return stored
     models = len(entry.sources)
-    return stored + entry.dtype.nbytes(8 * task) // 8 + tile * (4 * (3 * models + 2) + 8 * (models + 6))
+    return stored + entry.dtype.nbytes(8 * task) // 8 + 4 * task + tile * (4 * (3 * models + 2) + 8 * (models + 6))

@@ -22,6 +22,7 @@ from smelt.engine.tiles import DEFAULT_TILE, Scratch
 from smelt.errors import InputError, SmeltError, raise_all
 from smelt.planning.entries import Action, Input, Plan
 from smelt.storage.checkpoint import TensorSource
+from smelt.storage.signals import held
 
 KEEP_BYTES = 96 << 20
 """Stored bytes that multi-pass tensors may keep in memory, all together."""
@@ -37,11 +38,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a run gives: one result per entry, in plan order, and how long it took."""
+    """What a run gives: one result per entry, in plan order, how long it took, and the bytes that it moved."""
 
     tensors: tuple[TensorResult, ...]
     seconds: float
-    bytes_moved: int
+    bytes_read: int
+    bytes_written: int
 
 
 def default_workers() -> int:
@@ -79,7 +81,7 @@ def run(
     started = time.perf_counter()
     crew = _Crew(plan, sources, sink, settings)
     crew.work(progress)
-    return RunResult(tuple(crew.results()), time.perf_counter() - started, crew.moved)
+    return RunResult(tuple(crew.results()), time.perf_counter() - started, crew.read, crew.written)
 
 
 class _Crew:
@@ -99,7 +101,8 @@ class _Crew:
         self._changed = threading.Condition()
         self._failures: dict[int, BaseException] = {}
         self._stop = False
-        self.moved = 0
+        self._expected = plan.input_bytes + plan.output_bytes
+        self.read = self.written = 0
 
     def work(self, progress: Progress | None) -> None:
         threads = [
@@ -107,24 +110,24 @@ class _Crew:
         ]
         for thread in threads:
             thread.start()
-        total = self._plan.input_bytes + self._plan.output_bytes
         try:
             while any(thread.is_alive() for thread in threads):
                 threads[0].join(0.05) if threads[0].is_alive() else time.sleep(0.005)
                 if progress is not None:
-                    progress(min(self.moved, total), total)
+                    progress(self.read + self.written, self._expected)
         finally:
-            with self._changed:
-                self._stop = True
-                self._changed.notify_all()
-            for thread in threads:
-                thread.join()
-            for tensor in self._open.values():
-                tensor.abandon()
+            with held():  # no thread may outlive this call: its files will be closed
+                with self._changed:
+                    self._stop = True
+                    self._changed.notify_all()
+                for thread in threads:
+                    thread.join()
+                for tensor in self._open.values():
+                    tensor.abandon()
         if self._failures:  # of several, that of the earliest tensor, whichever thread was quicker
             raise self._failures[min(self._failures)]
         if progress is not None:
-            progress(total, total)
+            progress(self._expected, self._expected)
 
     def results(self) -> list[TensorResult]:
         return [result for result in self._results if result is not None]
@@ -135,8 +138,8 @@ class _Crew:
         try:
             while (taken := self._take()) is not None:
                 index, number, task = taken
-                moved = self._open[index].task(number, task, scratch)
-                self._done(index, number, moved)
+                read, written = self._open[index].task(number, task, scratch)
+                self._done(index, number, read, written)
         except BaseException as error:
             with self._changed:
                 self._failures.setdefault(index, self._placed(error))
@@ -169,6 +172,7 @@ class _Crew:
             self._results[index] = tensor.result()
             return
         self._open[index] = tensor
+        self._expected += tensor.bytes_reread
         self._queue(index, tensor, 0)
 
     def _queue(self, index: int, tensor: TensorRun, number: int) -> None:
@@ -177,9 +181,10 @@ class _Crew:
             heapq.heappush(self._ready, (index, number, task))
         self._changed.notify_all()
 
-    def _done(self, index: int, number: int, moved: int) -> None:
+    def _done(self, index: int, number: int, read: int, written: int) -> None:
         with self._changed:
-            self.moved += moved
+            self.read += read
+            self.written += written
             self._left[index] -= 1
             if self._left[index]:
                 return

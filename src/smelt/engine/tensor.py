@@ -13,7 +13,6 @@ from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import numpy as np
-import xxhash
 
 from smelt import dtypes
 from smelt.engine.given import Given
@@ -27,10 +26,11 @@ from smelt.methods.api import Undefined
 from smelt.methods.loading import answerable, definition_of
 from smelt.methods.reducers import described
 from smelt.planning.entries import Action, Entry
+from smelt.storage import digests
 from smelt.storage.checkpoint import TensorSource
 
-DIGEST_BLOCK = 1 << 20
-"""Bytes of a block of a tensor's digest."""
+_READ_BACK = 8 * digests.BLOCK
+"""Bytes that are read back at a time for digests."""
 
 
 class Sink(Protocol):
@@ -74,7 +74,7 @@ class Budget:
     """
 
     def __init__(self, limit: int) -> None:
-        self._left = limit
+        self._limit = self._left = limit
         self._spare: dict[int, list[Any]] = {}
         self._lock = threading.Lock()
 
@@ -83,6 +83,8 @@ class Budget:
         with self._lock:
             if self._spare.get(size):
                 return self._spare[size].pop()
+            if size > self._limit:
+                return None
             while size > self._left and self._drop_largest():
                 pass
             if size > self._left:
@@ -130,7 +132,7 @@ class TensorRun:
         self._reductions = schedule(self._method.active()) if self._method else []
         self._running: list[Running] = []
         self._reduction_passes = max((start + r.reducer.rounds for start, r in self._reductions), default=0)  # type: ignore[attr-defined]
-        aligned = entry.dtype.nbytes(self.geometry.task * 8) % (8 * DIGEST_BLOCK) == 0
+        aligned = entry.dtype.nbytes(self.geometry.task * 8) % (8 * digests.BLOCK) == 0
         self._digest_inline = aligned or self.geometry.tasks == 1
         self.passes = self._reduction_passes + 1 + (0 if self._digest_inline else 1)
         if self._method:
@@ -142,16 +144,22 @@ class TensorRun:
     def tasks(self, number: int) -> int:
         """How many tasks pass `number` has."""
         if number > self._reduction_passes:
-            return -(-self.entry.nbytes // (DIGEST_BLOCK * 8))
+            return -(-self.entry.nbytes // _READ_BACK)
         return self.geometry.tasks
 
-    def task(self, number: int, task: int, scratch: Scratch) -> int:
-        """Do one task of a pass; gives the bytes read and written."""
+    @property
+    def bytes_reread(self) -> int:
+        """What its later passes read again, because the input is not kept."""
+        return 0 if self._kept is not None else self._reduction_passes * self.entry.input_bytes
+
+    def task(self, number: int, task: int, scratch: Scratch) -> tuple[int, int]:
+        """Do one task of a pass; gives the bytes read and the bytes written."""
         if number > self._reduction_passes:
-            return self._digest_written(task, scratch)
+            self._digest_written(task, scratch)
+            return 0, 0
         start, stop = self.geometry.span(task)
         if number < self._reduction_passes:
-            return self._reduce(number, start, stop, scratch)
+            return self._reduce(number, start, stop, scratch), 0
         if self._method is None:
             return self._copy(start, stop, scratch)
         return self._write(start, stop, scratch)
@@ -174,8 +182,8 @@ class TensorRun:
         self._release()
 
     def result(self) -> TensorResult:
-        joined = b"".join(self._digests[block] for block in sorted(self._digests))
-        return TensorResult(self.entry.name, xxhash.xxh3_128_hexdigest(joined), self._inherited, self._created)
+        blocks = [self._digests[block] for block in sorted(self._digests)]
+        return TensorResult(self.entry.name, digests.joined(blocks), self._inherited, self._created)
 
     def _keep_inputs(self) -> None:
         self._block = self._budget.take(self.entry.input_bytes)
@@ -290,7 +298,7 @@ class TensorRun:
             running.fold(partials)
         return True
 
-    def _write(self, start: int, stop: int, scratch: Scratch) -> int:
+    def _write(self, start: int, stop: int, scratch: Scratch) -> tuple[int, int]:
         entry = self.entry
         raw, read = self._raw(self._reduction_passes, start, stop, scratch)
         out = scratch.array("out", (entry.dtype.nbytes(stop - start),), np.uint8)
@@ -308,9 +316,9 @@ class TensorRun:
             self._count_nonfinite(out, raw, start)
         self._sink.write(entry.name, entry.dtype.nbytes(start), memoryview(out))
         self._digest(entry.dtype.nbytes(start), out)
-        return read + len(out)
+        return read, len(out)
 
-    def _copy(self, start: int, stop: int, scratch: Scratch) -> int:
+    def _copy(self, start: int, stop: int, scratch: Scratch) -> tuple[int, int]:
         raw, read = self._raw(0, start, stop, scratch)
         dtype = self.entry.dtype
         self._sink.write(self.entry.name, dtype.nbytes(start), memoryview(raw[0]))
@@ -318,7 +326,7 @@ class TensorRun:
         if dtype.floating:
             with self._lock:
                 self._inherited += int(np.count_nonzero(dtypes.nonfinite(raw[0], dtype)))
-        return read + len(raw[0])
+        return read, len(raw[0])
 
     def _count_nonfinite(self, out: Any, raw: Sequence[Any], start: int) -> None:
         """Count the NaNs and infinities of a task's output; new ones fail the merge unless they are allowed."""
@@ -357,18 +365,15 @@ class TensorRun:
         )
 
     def _digest(self, start: int, data: Any) -> None:
-        if not self._digest_inline:
-            return
-        view = memoryview(data)
-        for low in range(0, len(view), DIGEST_BLOCK):
-            self._digests[(start + low) // DIGEST_BLOCK] = xxhash.xxh3_128_digest(view[low : low + DIGEST_BLOCK])
+        """Take the digests of the blocks of `data`, bytes from `start` on, if they are taken while writing."""
+        if self._digest_inline:
+            first = start // digests.BLOCK
+            self._digests.update(enumerate(digests.of_blocks(memoryview(data)), first))
 
-    def _digest_written(self, task: int, scratch: Scratch) -> int:
-        start = task * DIGEST_BLOCK * 8
-        stop = min(start + DIGEST_BLOCK * 8, self.entry.nbytes)
+    def _digest_written(self, task: int, scratch: Scratch) -> None:
+        """Read a part of the written tensor back for its digests: its tasks were not whole blocks."""
+        start = task * _READ_BACK
+        stop = min(start + _READ_BACK, self.entry.nbytes)
         buffer = scratch.array("written", (stop - start,), np.uint8)
         self._sink.read_back(self.entry.name, start, stop, memoryview(buffer))
-        view = memoryview(buffer)
-        for low in range(0, len(view), DIGEST_BLOCK):
-            self._digests[(start + low) // DIGEST_BLOCK] = xxhash.xxh3_128_digest(view[low : low + DIGEST_BLOCK])
-        return 0
+        self._digests.update(enumerate(digests.of_blocks(memoryview(buffer)), start // digests.BLOCK))

@@ -8,15 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from smelt.errors import InputError, SmeltError
 from smelt.lineage.record import FORMAT, RECORD, file_digest
-from smelt.storage import files
+from smelt.storage import digests, files
 from smelt.storage.checkpoint import LARGE_LIMIT, TensorSource
 from smelt.storage.sources.local import open_folder
-
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +61,15 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
 
 
 def tensor_digest(source: TensorSource, name: str) -> str:
-    """XXH3-128 over the XXH3-128 digests of the tensor's 1 MiB blocks, in hexadecimal."""
+    """The digest of a stored tensor, as `smelt.storage.digests` defines it."""
     spec = source.tensors[name]
-    whole = xxhash.xxh3_128()
-    buffer = bytearray(min(_BLOCK, spec.nbytes))
-    for start in range(0, spec.nbytes, _BLOCK):
-        piece = memoryview(buffer)[: min(_BLOCK, spec.nbytes - start)]
+    blocks: list[bytes] = []
+    buffer = bytearray(min(digests.BLOCK, spec.nbytes))
+    for start in range(0, spec.nbytes, digests.BLOCK):
+        piece = memoryview(buffer)[: min(digests.BLOCK, spec.nbytes - start)]
         source.read_into(spec, start, start + len(piece), piece)
-        whole.update(xxhash.xxh3_128_digest(piece))
-    return whole.hexdigest()
+        blocks += digests.of_blocks(piece)
+    return digests.joined(blocks)
 
 
 def _read_record(checkpoint: TensorSource, folder: Path) -> dict[str, Any]:

@@ -19,7 +19,8 @@ class ModelStock(Method):
 
     Use it for several fine-tunes on the same task (other seeds or settings): it needs no weights.
 
-    Note: t is not clamped; with task vectors that point apart it is negative. filter_wise: one t per row.
+    Note: t is not clamped; with task vectors that point apart it is negative. filter_wise: one t per row. Where
+    an input holds NaN or infinity there are no angles, and t = 1.
 
     Example:
         merge_method: model_stock
@@ -64,7 +65,8 @@ class ModelStock(Method):
         cosine = total / (n * (n - 1) / 2)
         below = 1.0 + (n - 1) * cosine
         near = xp.abs(below) < 1e-6
-        return xp.where(near, xp.zeros_like(below), n * cosine / xp.where(near, xp.ones_like(below), below))
+        ratio = xp.where(near, xp.zeros_like(below), n * cosine / xp.where(near, xp.ones_like(below), below))
+        return xp.where(xp.isfinite(cosine), ratio, xp.ones_like(ratio))
 
     def tile(self, base: Array, deltas: Array, coefficients: Array) -> Array:
         if self.grain is Grain.ROW:

@@ -214,6 +214,7 @@ class _RadixSelect:
 
     rounds: ClassVar[int]
     ordered: ClassVar[bool] = False
+    _type: ClassVar[str]
 
     def __init__(self, *, scope: str, size: int) -> None:
         self._size = size
@@ -236,8 +237,8 @@ class _RadixSelect:
         if not isinstance(values, tuple) or len(values) != 2:
             return described(values), fix
         magnitudes, counts = values
-        if _dimensions(magnitudes) != ndim:
-            return f"magnitudes that are {described(magnitudes)}", fix
+        if _dimensions(magnitudes) != ndim or magnitudes.dtype != self._type:
+            return f"magnitudes that are {described(magnitudes)}", fix.replace("an array", f"a {self._type} array")
         found = np.asarray(counts)
         if found.dtype.kind not in "iu" or found.ndim not in (1, 2) or found.shape[0] != magnitudes.shape[0]:
             return f"counts that are {described(counts)}", fix
@@ -308,6 +309,7 @@ class KthLargest(_RadixSelect):
     """The K-th largest of float32 magnitudes: non-negative floats are ordered as their bit patterns are."""
 
     rounds: ClassVar[int] = 2
+    _type: ClassVar[str] = "float32"
 
     @staticmethod
     def _keys(numbers: Any) -> Any:
@@ -322,6 +324,7 @@ class KthLargest64(_RadixSelect):
     """The K-th largest of float64 numbers of any sign; −0 equals 0, NaN is larger than all."""
 
     rounds: ClassVar[int] = 4
+    _type: ClassVar[str] = "float64"
 
     @staticmethod
     def _keys(numbers: Any) -> Any:

@@ -87,7 +87,7 @@ class NuSlerp(Method):
 
     Note: one angle per tensor by default. nuslerp_flatten: false takes one per vector along the last dimension, with
     nuslerp_row_wise: true one per vector along the first (MergeKit's names). Near antiparallel vectors, where MergeKit
-    gives results up to 1e5 times too large, the interpolation is linear.
+    gives results up to 1e5 times too large, the interpolation is linear; so too where an input holds NaN or infinity.
 
     Example:
         merge_method: nuslerp
@@ -137,7 +137,7 @@ class NuSlerp(Method):
         cosine = products[0, 1, ...]
         for length in lengths:
             cosine = cosine / xp.where(length > TINY, length, ones)
-        linear = (1.0 - cosine * cosine <= 1e-12) | (cosine < -NEARLY_PARALLEL)
+        linear = (1.0 - cosine * cosine <= 1e-12) | (cosine < -NEARLY_PARALLEL) | ~xp.isfinite(cosine)
         cosine = xp.where(linear, xp.zeros_like(cosine), cosine)
         angle = xp.acos(cosine)
         near = xp.where(linear, (1.0 - t) * ones, xp.sin((1.0 - t) * angle) / xp.sin(angle))

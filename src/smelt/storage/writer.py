@@ -26,6 +26,7 @@ from smelt.storage import files, paths
 from smelt.storage.files import Buffer, Lock, WriteFile, flat, size_text
 from smelt.storage.header import PREFIX
 from smelt.storage.layout import INDEX, Layout, OutputTensor, Shard, layout
+from smelt.storage.signals import held
 
 __all__ = ["Build", "Layout", "OutputTensor", "Shard", "heal", "layout"]
 
@@ -176,14 +177,15 @@ class Build:
         if self.layout.index is not None:
             files.write_bytes(self.folder / INDEX, self.layout.index)
         files.sync_folder(self.folder)
-        replaced = self._take_the_name()
-        self._done = True
-        try:
-            self._make_name_durable()
-            if replaced:
-                self._remove_old()
-        finally:
-            self._lock.release()
+        with held():  # from the rename on the output is complete, and what is left is soon done
+            replaced = self._take_the_name()
+            self._done = True
+            try:
+                self._make_name_durable()
+                if replaced:
+                    self._remove_old()
+            finally:
+                self._lock.release()
 
     def _check_complete(self) -> None:
         short = [
@@ -237,14 +239,15 @@ class Build:
         if self._done:
             return
         self._done = True
-        try:
-            for file in self._open.values():
-                with contextlib.suppress(StorageError):  # nobody will miss what it held
-                    file.close()
-            files.remove_tree(self.folder)
-        finally:
-            self._lock.release()
-            _unmake(self._made)
+        with held():
+            try:
+                for file in self._open.values():
+                    with contextlib.suppress(StorageError):  # nobody will miss what it held
+                        file.close()
+                files.remove_tree(self.folder)
+            finally:
+                self._lock.release()
+                _unmake(self._made)
 
     def _abandon_quietly(self) -> None:
         try:

@@ -9,9 +9,9 @@ import pytest
 from smelt.methods.fields import Field, Interval, per_model, required, scalar
 
 
-@pytest.mark.parametrize("text", ["", "0, 1", "0, 1]", "[0, 1", "[0 1]", "[0, 1, 2]", "{0, 1}", ")0, 1(", "[a, b]"])
+@pytest.mark.parametrize("text", ["", "0, 1", "0, 1]", "[0, 1", "[0 1]", "[0, 1, 2]", "{0, 1}", ")0, 1("])
 def test_what_is_no_interval_is_refused(text: str) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="is no interval"):
         Interval.parse(text)
 
 

@@ -239,6 +239,12 @@ def test_multislerp_without_a_direction() -> None:
         multislerp([1, -1, 0], [-1, 1, 0], [0, 0, 0], weight=1.0)
 
 
+def test_a_direction_as_long_as_eps_is_one() -> None:
+    at = multislerp([1.0], weight=0.75, eps=0.5, normalize_weights=False)
+    assert at == pytest.approx([0.75 * math.cos(0.5)])
+    assert multislerp([1.0], weight=0.74, eps=0.5, normalize_weights=False) == [0.74]
+
+
 def test_multislerp_of_weights_that_cancel_divides_by_one() -> None:
     half = math.sqrt(0.5)
     assert multislerp([1, 0], [0, 1], weight=(1.0, -1.0)) == pytest.approx([0.0, 0.0], abs=1e-12)

@@ -41,8 +41,10 @@ def mix(word: Any, low: Any, high: Any) -> Any:
 def draw(low: Any, high: Any, start: int, out: Any) -> None:
     """Elements [start, start + len(out)) of a stream, float32 in [0, 1)."""
     count = out.size
+    if count == 0:
+        return
     first = start & 1
-    if first and count:
+    if first:
         out[0] = np.float32(mix(start >> 1, low, high) >> np.uint64(40)) * np.float32(2.0**-24)
     pairs = (count - first) // 2
     word = (start + first) >> 1
