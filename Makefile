@@ -16,8 +16,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The kernels once more with every index checked.
 sweep: $(VENV)/.test
-	$(BIN)/pytest -m sweep
+	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(VENV)/checked $(BIN)/pytest -n 2 tests/conformance/test_kernels.py
 
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutation/mutants.py

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,14 @@ def test_a_merge_loads_neither_torch_nor_a_model_library(tmp_path: Path) -> None
     found = loaded(code)
     assert "numpy" in found
     assert not found & {"torch", "transformers", "safetensors", "huggingface_hub", "tokenizers", "requests", "httpx"}
+
+
+def test_the_core_asks_for_no_model_library() -> None:
+    with open(ROOT.parents[1] / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)["project"]
+    names = {re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]}
+    assert "numpy" in names
+    assert not names & {"torch", "transformers", "safetensors", "tokenizers", "peft", "accelerate"}
 
 
 def test_public_names_are_what_they_say() -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from smelt.cli.options import Allow, Flag, Json
-from smelt.cli.show import count_text, size_text, visible
+from smelt.cli.show import count_text, counted, size_text, visible
 from smelt.merging import prepare
 
 
@@ -45,7 +45,7 @@ def check(
         for warning in plan.warnings:
             print(visible(f"warning: {warning}"))
         print(
-            f"{recipe}: sound. {plan.method} of {len(plan.models)} models, {len(plan.entries)} tensors, "
-            f"{count_text(plan.parameters)} parameters, {size_text(plan.output_bytes)} to write"
+            f"{recipe}: sound. {plan.method} of {counted(len(plan.models), 'model')}, "
+            f"{counted(len(plan.entries), 'tensor')}, {count_text(plan.parameters)} parameters, {size_text(plan.output_bytes)} to write"
         )
     return 0

@@ -11,7 +11,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from smelt.cli.options import Allow, Flag, Json, Quiet, Seed, Verbose
-from smelt.cli.show import count_text, parse_size, progress, size_text, visible
+from smelt.cli.show import count_text, counted, parse_size, progress, size_text, visible
 from smelt.merging import MergeReport, Prepared
 from smelt.merging import merge as run_merge
 
@@ -94,7 +94,7 @@ def _say_plan(prepared: Prepared, out: Path, *, verbose: bool) -> None:
     names = ", ".join(model.published for model in plan.models)
     print(visible(f"{plan.method} of {names} -> {out}"), file=sys.stderr)
     print(
-        f"{len(plan.entries)} tensors, {count_text(plan.parameters)} parameters; reads "
+        f"{counted(len(plan.entries), 'tensor')}, {count_text(plan.parameters)} parameters; reads "
         f"{size_text(forecast.bytes_read)}, writes {size_text(forecast.bytes_written)}, "
         f"at most about {size_text(forecast.memory)} of memory",
         file=sys.stderr,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from smelt.cli.options import Allow, Flag, Json, Seed
-from smelt.cli.show import count_text, size_text, table, visible
+from smelt.cli.show import count_text, counted, size_text, table, visible
 from smelt.errors import RecipeError, nearest
 from smelt.merging import Prepared, prepare
 from smelt.planning.entries import PlannedModel
@@ -110,7 +110,7 @@ def _text(prepared: Prepared) -> str:
         )
     lines += ["tensors", table(rows)]
     layers = "".join(f", {len(layers)} layers in {stack}" for stack, layers in plan.restacked.items())
-    lines.append(f"{len(plan.entries)} tensors, {count_text(plan.parameters)} parameters{layers}")
+    lines.append(f"{counted(len(plan.entries), 'tensor')}, {count_text(plan.parameters)} parameters{layers}")
     lines.append(
         f"reads {size_text(forecast.bytes_read)}, writes {size_text(forecast.bytes_written)}, "
         f"at most about {size_text(forecast.memory)} of memory with {forecast.workers} threads"

@@ -43,6 +43,11 @@ def count_text(count: float) -> str:
     return f"{count:.0f}"
 
 
+def counted(count: int, word: str) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
 def parse_size(text: str) -> int:
     """Bytes of a text such as `5GB`, `500 MB`, `2GiB` or `1000000`. Raises RecipeError."""
     if re.fullmatch(r"\s*\d+(\.\d+)?\s*B\s*", text):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from smelt.cli.options import Json, Quiet
-from smelt.cli.show import progress, size_text
+from smelt.cli.show import counted, progress, size_text
 from smelt.errors import raise_all
 from smelt.lineage.verify import verify as run_verify
 
@@ -35,5 +35,5 @@ def verify(
     if as_json:
         print(json.dumps({"ok": True, "out": str(out), "tensors": found.tensors, "bytes": found.bytes}))
     elif not quiet:
-        print(f"{out}: {found.tensors} tensors, {size_text(found.bytes)}, all as written")
+        print(f"{out}: {counted(found.tensors, 'tensor')}, {size_text(found.bytes)}, all as written")
     return 0

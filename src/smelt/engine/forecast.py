@@ -33,7 +33,7 @@ def passes(entry: Entry) -> int:
     """How often the tensor's values are gone through: 1, and one for each round of its reductions."""
     if entry.action is not Action.MERGE:
         return 1
-    return 1 + max((start + r.reducer.rounds for start, r in schedule(bind(entry).active())), default=0)  # type: ignore[attr-defined]
+    return 1 + max((start + r.reducer.rounds for start, r in schedule(bind(entry).active())), default=0)
 
 
 def forecast(plan: Plan, *, workers: int | None = None, tile: int | None = None) -> Forecast:

@@ -80,6 +80,6 @@ def schedule(reductions: Sequence[api.Reduction]) -> list[tuple[int, api.Reducti
     placed = []
     for reduction in reductions:
         start = max((ends.get(name, 0) for name in reduction.arguments), default=0)
-        ends[reduction.name] = start + reduction.reducer.rounds  # type: ignore[attr-defined]
+        ends[reduction.name] = start + reduction.reducer.rounds
         placed.append((start, reduction))
     return placed

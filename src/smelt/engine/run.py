@@ -142,9 +142,13 @@ class _Crew:
                 self._done(index, number, read, written)
         except BaseException as error:
             with self._changed:
-                self._failures.setdefault(index, self._placed(error))
-                self._stop = True
-                self._changed.notify_all()
+                self._fail(index, error)
+
+    def _fail(self, index: int, error: BaseException) -> None:
+        """Remember what went wrong with a tensor, and stop; the lock is held."""
+        self._failures.setdefault(index, self._placed(error))
+        self._stop = True
+        self._changed.notify_all()
 
     def _placed(self, error: BaseException) -> BaseException:
         if isinstance(error, MemoryError):
@@ -157,7 +161,11 @@ class _Crew:
                 if self._ready:
                     return heapq.heappop(self._ready)
                 if self._next < len(self._plan.entries):
-                    self._begin(self._next)
+                    try:
+                        self._begin(self._next)
+                    except Exception as error:
+                        self._fail(self._next, error)
+                        return None
                     self._next += 1
                 elif self._open:
                     self._changed.wait()

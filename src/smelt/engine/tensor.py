@@ -131,7 +131,7 @@ class TensorRun:
         self.geometry = Geometry.of(entry.shape, grain, tile=settings.tile)
         self._reductions = schedule(self._method.active()) if self._method else []
         self._running: list[Running] = []
-        self._reduction_passes = max((start + r.reducer.rounds for start, r in self._reductions), default=0)  # type: ignore[attr-defined]
+        self._reduction_passes = max((start + r.reducer.rounds for start, r in self._reductions), default=0)
         aligned = entry.dtype.nbytes(self.geometry.task * 8) % (8 * digests.BLOCK) == 0
         self._digest_inline = aligned or self.geometry.tasks == 1
         self.passes = self._reduction_passes + 1 + (0 if self._digest_inline else 1)

@@ -13,6 +13,7 @@ from smelt.lineage.record import FORMAT, RECORD, file_digest
 from smelt.storage import digests, files
 from smelt.storage.checkpoint import LARGE_LIMIT, TensorSource
 from smelt.storage.sources.local import open_folder
+from smelt.storage.writer import heal
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
     `progress` is called with (bytes done, bytes in all).
     """
     folder = Path(folder)
+    heal(folder)  # of an interrupted replacement the whole one of the two is put in its place
     if files.kind(folder) != "folder":
         raise InputError(f"there is no folder {folder}", fix="give the output folder of a merge")
     with open_folder(folder, name=Path(os.path.realpath(folder)).name) as checkpoint:

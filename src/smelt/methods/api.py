@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 
 from smelt.methods.fields import Field, per_model, required, scalar
-from smelt.methods.reducers import Gram, KthLargest, Reducer, Sum
+from smelt.methods.reducers import Gram, KthLargest, Sum
 from smelt.specs import Grain
 
 __all__ = [
@@ -70,7 +70,7 @@ class Reduction:
     """A pass that must finish first: `function` gives the values of a tile, `reducer` folds them."""
 
     name: str
-    reducer: Callable[..., Reducer]
+    reducer: type[Any]
     function: Callable[..., Any]
     scope: Scope
     when: Callable[[Any], bool]
@@ -165,7 +165,7 @@ class Method:
 
 
 def reduce(
-    reducer: Callable[..., Reducer],
+    reducer: type[Any],
     *,
     scope: Scope = "tensor",
     when: Callable[[Any], bool] = lambda method: True,

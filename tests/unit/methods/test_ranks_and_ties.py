@@ -114,6 +114,7 @@ def test_norms_count_from_1e_7_on() -> None:
     assert l1_factors(np.array([3e-7, 3e-7, 1e-7, 9e-8]), np.array([1e-7, 9e-8, 1e-7, 2e-7])).tolist() == pytest.approx(
         [3.0, 1.0, 1.0, 1.0]
     )
+    assert l1_factors(np.array([1e-7, 9e-8]), np.array([2e-7, 2e-7])).tolist() == [0.5, 1.0]
     assert l1_factors(np.array([4.0, 0.0]), np.array([0.0, 0.0])).tolist() == [1.0, 1.0]
 
 
@@ -162,6 +163,7 @@ def test_equal_numbers_share_the_mean_of_their_ranks() -> None:
     ordered = f32([1, 2, 2, 3, 3, 3], [1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 0])
     assert mean_ranks(ordered).tolist() == [[0, 1.5, 1.5, 4, 4, 4], [0, 1, 2, 3, 4, 5], [2.5] * 6]
     assert mean_ranks(ordered[1:2]).tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert mean_ranks(ordered).dtype == mean_ranks(ordered[1:2]).dtype == np.float64
     assert mean_ranks(f32([1, 2], [2, 3])).tolist() == [[0, 1], [0, 1]], "a row ends where the next one begins"
     assert mean_ranks(f32([1, 1], [1, 2], [2, 2])).tolist() == [[0.5, 0.5], [0, 1], [0.5, 0.5]]
 

@@ -51,6 +51,7 @@ def test_rounds() -> None:
     [
         (TILE, "float32 [2, 5]"),
         (np.float64(1.0), "float64 []"),
+        (memoryview(TILE), "a memoryview"),
         ((1, 2, 3), "a tuple of 3"),
         ([1], "a list of 1"),
         (None, "None"),
@@ -66,7 +67,7 @@ def test_sums_take_one_array(scope: str) -> None:
     total = Sum(scope=scope, size=5)
     assert total.refuses(TILE, 2) is None
     assert total.refuses(TILE[:, :, None], 3) is None
-    for wrong in (None, 1.0, [1.0], (TILE,), TILE[0], TILE[None]):
+    for wrong in (None, 1.0, [1.0], (TILE,), TILE[0], TILE[None], memoryview(TILE), np.dtype("int8")):
         said = total.refuses(wrong, 2)
         assert said is not None
         assert said[0] == described(wrong)

@@ -146,6 +146,7 @@ def test_hints_for_a_filter_are_parts_of_names() -> None:
     assert hint("{filter: selfattention, value: 1}")[0] == "self_attn"
     assert "self_attn.q_proj" in hint("{filter: self_attn.qproj, value: 1}")
     assert "self_attn.q_proj.weight" in hint("{filter: self_attn.q_proj.weigth, value: 1}")
+    assert hint("{filter: q_proj.weigth, value: 1}")[0] == "q_proj.weight"
     assert "embed_tokens" in hint("{filter: embedding, value: 1}"), "a little more than half alike"
     assert hint("{filter: lm_head, value: 1}") == [""]
 
