@@ -44,8 +44,7 @@ def check(
             print(visible(f"note: {note}"))
         for warning in plan.warnings:
             print(visible(f"warning: {warning}"))
-        print(
-            f"{recipe}: sound. {plan.method} of {counted(len(plan.models), 'model')}, "
-            f"{counted(len(plan.entries), 'tensor')}, {count_text(plan.parameters)} parameters, {size_text(plan.output_bytes)} to write"
-        )
+        found = f"{counted(len(plan.models), 'model')}, {counted(len(plan.entries), 'tensor')}"
+        size = f"{count_text(plan.parameters)} parameters, {size_text(plan.output_bytes)} to write"
+        print(visible(f"{recipe}: sound. {plan.method} of {found}, {size}"))
     return 0
