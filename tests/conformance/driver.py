@@ -92,7 +92,7 @@ def plan_of(
     full = complete(api.get(method), values, len(models)) if action is Action.MERGE else {}
     entries = []
     for name, first in models[0].items():
-        inputs = tuple(Input(i, s.tensors[name]) for i, s in enumerate(sources))
+        inputs = tuple(Input(i, s.tensors[name], i) for i, s in enumerate(sources))
         entries.append(
             Entry(
                 name=name,

@@ -11,8 +11,8 @@ import pytest
 from ruamel.yaml import YAML
 
 import factory
+import shelf
 import smelt
-import workplace
 from smelt.methods import api
 from smelt.recipe import yaml
 from smelt.recipe.parse import from_dict
@@ -24,7 +24,7 @@ BAD = sorted((RECIPES / "bad").glob("*.yml"))
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return workplace.build(tmp_path_factory.mktemp("explained"))
+    return shelf.build(tmp_path_factory.mktemp("explained"))
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_levels(here: Path) -> None:
 
 
 def test_a_module_level(here: Path) -> None:
-    workplace.add(here, "tiny-gemma")
+    shelf.add(here, "tiny-gemma")
     lines = explain("vision-language-all-parts", "model.layers.2.mlp.up_proj.weight")
     text = "\n".join(lines)
     assert "weight of tiny-gemma-tuned-1 = 0.8  module text_decoder, gradient [0.2, 0.8] at 1 -> 0.8" in text
@@ -98,7 +98,7 @@ def test_a_layer_from_elsewhere(here: Path) -> None:
 
 
 def test_a_copy(here: Path) -> None:
-    workplace.add(here, "tiny-vl")
+    shelf.add(here, "tiny-vl")
     lines = explain("vision-language-text-only", "visual.patch_embed.proj.weight")
     assert lines[1] == "  copy of tiny-vl: its part is in no module"
 

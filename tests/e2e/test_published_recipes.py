@@ -18,8 +18,8 @@ import pytest
 
 import architectures
 import factory
+import shelf
 import smelt
-import workplace
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 GOOD = sorted((RECIPES / "good").glob("*.yml"))
@@ -29,13 +29,13 @@ Tensors = dict[str, np.ndarray]
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return workplace.build(tmp_path_factory.mktemp("published"))
+    return shelf.build(tmp_path_factory.mktemp("published"))
 
 
 def source(path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The text of a recipe, with the models it names at hand and their folder as the working folder."""
     text = path.read_text(encoding="utf-8-sig")
-    workplace.add(models, text)
+    shelf.add(models, text)
     monkeypatch.chdir(models)
     return text
 
@@ -300,7 +300,7 @@ def test_auto_takes_the_template_that_most_models_carry(
 ) -> None:
     monkeypatch.chdir(models)
     smelt.merge(RECIPES / "good" / "chat-template-auto.yml", tmp_path / "out")
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == workplace.COMMON_TEMPLATE
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == shelf.COMMON_TEMPLATE
     assert "chat_template" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
 
 

@@ -136,7 +136,7 @@ class TensorRun:
         self._digest_inline = aligned or self.geometry.tasks == 1
         self.passes = self._reduction_passes + 1 + (0 if self._digest_inline else 1)
         if self._method:
-            self._streams = [key(settings.seed, entry.name, i) for i in range(len(entry.inputs))]
+            self._streams = [key(settings.seed, entry.name, source.stream) for source in entry.inputs]
         if self._reduction_passes:
             self._keep_inputs()
         self._begin_pass(0)

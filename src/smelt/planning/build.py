@@ -113,6 +113,8 @@ class _Builder:
         tensors = [tensor for _, tensor in contributors]
         if not all(tensor.dtype.floating for tensor in tensors):
             return self._carried(slot, contributors)
+        drawing = [one for one in slot.section.contributors if not one.is_base]
+        streams = {id(one): place for place, one in enumerate(drawing)}
         values, origins = self._values(slot, [one for one, _ in inputs], [tensor for _, tensor in inputs])
         if values is None:
             return None
@@ -125,7 +127,7 @@ class _Builder:
             part=slot.part,
             action=Action.MERGE,
             method=self.info.name,
-            inputs=tuple(Input(one.model, tensor) for one, tensor in inputs),
+            inputs=tuple(Input(one.model, tensor, streams[id(one)]) for one, tensor in inputs),
             base=Input(bases[0][0].model, bases[0][1]) if bases else None,
             values=values,
             origins=origins,
@@ -134,7 +136,7 @@ class _Builder:
 
     def _settle(self, entry: Entry, slot: Slot) -> Entry | None:
         """Let the method check its settings together; turn what leaves the bytes as they are into a copy."""
-        key = tuple((name, tuple(v) if isinstance(v, tuple) else v) for name, v in entry.values.items())
+        key = (len(entry.inputs), entry.base is None, *entry.values.items())
         if key not in self._checked:
             self._checked[key] = None
             try:

@@ -25,10 +25,15 @@ class Action(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A stored tensor of one of the plan's models (`model` is its place in `Plan.models`)."""
+    """A stored tensor of one of the plan's models (`model` is its place in `Plan.models`).
+
+    `stream` is which of the random streams is its own: its place among the recipe's models, so that it draws the same
+    numbers whether or not another model lacks the tensor.
+    """
 
     model: int
     tensor: TensorSpec
+    stream: int = 0
 
 
 @dataclass(frozen=True, slots=True)
