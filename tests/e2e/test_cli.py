@@ -292,7 +292,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(3):
         tensors = {f"model.layers.{layer}.mlp.up_proj.weight": noise + i for layer in range(4)}
         factory.model(folder / f"m{i}", tensors, factory.config(layers=4))
-    tree = linear("m1", "m2", merge_method="ties", base_model="m0", parameters={"weight": 0.5, "density": 0.5})
+    tree = linear("m1", "m2", merge_method="della", base_model="m0", parameters={"weight": 0.5, "density": 0.5})
     return recipe(folder / "recipe.yml", tree)
 
 
@@ -307,7 +307,7 @@ def test_the_bar_in_a_terminal_leaves_no_garbage(large: Path) -> None:
     screen = Screen(raw)
     assert not screen.cursor_hidden
     first, second, last = screen.text
-    assert first.startswith("ties of m1, m2, m0 -> ")
+    assert first.startswith("della of m1, m2, m0 -> ")
     assert second.startswith("4 tensors, 8.39 M parameters; ")
     assert last.startswith(f"done: {out}  ")
     code, raw = in_terminal(command("verify", out))

@@ -28,8 +28,9 @@ and if the line runs at import, one test of each function. One that has not ende
 has a column of its own.
 
 The suites are those of `tests/unit/` for methods, recipes and engine, `tests/reference/`, `tests/property/`,
-`tests/conformance/` and `tests/golden/`; hypothesis draws the same examples in each run. Equivalent mutants are counted
-as survivors; `tests/mutation/survivors.toml` says why each survives.
+`tests/conformance/` (without the kernels, which are compared with these very definitions), `tests/golden/` and
+`tests/e2e/test_own_methods.py`; hypothesis draws the same examples in each run. Equivalent mutants, which no test can
+tell from the program, are counted as survivors; `tests/mutation/survivors.toml` says why each survives.
 
 """
 
