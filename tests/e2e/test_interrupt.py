@@ -21,17 +21,17 @@ SIZE = 48 << 20
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three folders m0, m1, m2 that share one large weight file, and a recipe over them."""
+    """Three folders m0, m1, m2, the last two sharing one large weight file, and a recipe over them."""
     folder = tmp_path_factory.mktemp("large")
     rows = SIZE // 6 // 4 // 1024
     layers = 6
     noise = np.random.default_rng(0).standard_normal((rows, 1024), dtype=np.float32)
     tensors = {f"model.layers.{i}.mlp.up_proj.weight": noise for i in range(layers)}
     factory.model(folder / "m0", tensors, config(layers=layers))
-    for name in ("m1", "m2"):
-        (folder / name).mkdir()
-        for file in ("model.safetensors", "config.json"):
-            os.link(folder / "m0" / file, folder / name / file)
+    factory.model(folder / "m1", {name: values[::-1] for name, values in tensors.items()}, config(layers=layers))
+    (folder / "m2").mkdir()
+    for file in ("model.safetensors", "config.json"):
+        os.link(folder / "m1" / file, folder / "m2" / file)
     settings = {"weight": 0.5, "density": 0.5}
     tree = factory.linear("m1", "m2", merge_method="della", base_model="m0", parameters=settings)
     recipe(folder / "recipe.yml", tree)

@@ -6,6 +6,7 @@ space; 5 numbers; 128 + the signal's number where one ended it: 130 interrupted,
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import signal
@@ -18,6 +19,7 @@ from cyclopts import App, CycloptsError
 from smelt._version import __version__
 from smelt.cli.show import visible
 from smelt.errors import ManyProblems, RecipeError, SmeltError, nearest
+from smelt.storage.signals import deferred
 
 app = App(
     name="smelt",
@@ -63,6 +65,9 @@ def run(words: list[str]) -> int:
     as_json = "--json" in words
     try:
         _check_command(words)
+        if words and words[0] in _commands():
+            with deferred():  # large libraries are imported here
+                importlib.import_module(f"smelt.cli.{words[0]}")
         code = app(words, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
         return code if isinstance(code, int) and not isinstance(code, bool) else 0

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from smelt.engine.kernels import DEFINITIONS, fused
+from smelt.engine.kernels import DEFINITIONS, Kernels, fused
 from smelt.engine.tensor import Budget, Settings, Sink, TensorResult, TensorRun
 from smelt.engine.tiles import DEFAULT_TILE, Scratch
 from smelt.errors import InputError, SmeltError, raise_all
 from smelt.planning.entries import Action, Input, Plan
 from smelt.storage.checkpoint import TensorSource
-from smelt.storage.signals import held
+from smelt.storage.signals import deferred, held
 
 KEEP_BYTES = 96 << 20
 """Stored bytes that multi-pass tensors may keep in memory, all together."""
@@ -76,12 +76,17 @@ def run(
         seed=plan.seed,
         keep_bytes=KEEP_BYTES,
         allow_nonfinite=allow_nonfinite,
-        kernels=fused() if kernels or (kernels is None and plan.input_bytes >= WORTH_KERNELS) else DEFINITIONS,
+        kernels=_kernels() if kernels or (kernels is None and plan.input_bytes >= WORTH_KERNELS) else DEFINITIONS,
     )
     started = time.perf_counter()
     crew = _Crew(plan, sources, sink, settings)
     crew.work(progress)
     return RunResult(tuple(crew.results()), time.perf_counter() - started, crew.read, crew.written)
+
+
+def _kernels() -> Kernels:
+    with deferred():
+        return fused()
 
 
 class _Crew:
