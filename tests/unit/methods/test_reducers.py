@@ -115,7 +115,6 @@ def test_magnitudes_that_differ_in_the_last_bit_are_told_apart() -> None:
     assert select(KthLargest, numbers, [4], cuts=[]).value[0, 0] == np.nextafter(one, np.float32(0))
 
 
-@pytest.mark.skipif(len(SELECTORS) < 2, reason="only float32 magnitudes are selected")
 @settings(deadline=None, max_examples=80)
 @given(data=st.data())
 def test_float64_numbers_of_any_sign(data: st.DataObject) -> None:
@@ -127,7 +126,6 @@ def test_float64_numbers_of_any_sign(data: st.DataObject) -> None:
     same(select(selector, numbers, counts, cuts=data.draw(st.lists(st.integers(0, 40), max_size=3))), expected)
 
 
-@pytest.mark.skipif("above" not in Cut.__dataclass_fields__, reason="one count a row")
 @settings(deadline=None, max_examples=60)
 @given(numbers=magnitudes(np.float32), counts=st.lists(st.integers(0, 40), min_size=1, max_size=3))
 def test_several_counts_in_one_go(numbers: np.ndarray, counts: list[int]) -> None:
@@ -141,8 +139,6 @@ def test_several_counts_in_one_go(numbers: np.ndarray, counts: list[int]) -> Non
 
 def test_rounding_a_share_up_changes_no_decision() -> None:
     """Random numbers are multiples of 2**-24: they are below the share exactly where they are below the rounded one."""
-    if not hasattr(reducers, "to_grid"):
-        pytest.skip("shares are not rounded")
     rng = np.random.default_rng(1)
     shares = np.concatenate([rng.random(500), rng.random(500) * 1e-6, [0.0, 1.0, 0.5, 2.0**-24, 2.0**-25]])
     for share in shares:
