@@ -193,10 +193,15 @@ def in_turn(tests: Iterable[int], survey: Survey) -> list[int]:
 
 
 def choose(change: Change, survey: Survey, root: Path) -> tuple[list[str], list[str]]:
-    """CHOSEN tests that touch the change, and further ones; also one of each function, if it runs at import."""
+    """CHOSEN tests that touch the change, and further ones, also of those that touch the file: a cache hides lines.
+
+    For a statement that runs at import, one test of each function as well.
+    """
     found = touching(change, survey, root)
     order = in_turn(found, survey)
     first, more = order[:CHOSEN], _within(MORE_SECONDS, order[CHOSEN:], survey)
+    of_file = {test for tests in survey.touched.get(change.file, {}).values() for test in tests}
+    more += _within(MORE_SECONDS, in_turn(of_file - found, survey), survey)
     if not survey.imported.get(change.file, set()).isdisjoint(range(change.first, change.last + 1)):
         others = {survey.tests[i].split("[")[0]: i for i in sorted(range(len(survey.tests)), key=survey.dearest)}
         rest = sorted(set(others.values()) - {*first, *more}, key=survey.cheapest)

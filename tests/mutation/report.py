@@ -23,9 +23,9 @@ can be left out, ...) and runs tests that touch the line. A mutant that fails a 
 shows a gap, or a change that makes no difference.
 
 A fixed sample (seed {seed}) is drawn from each file in proportion to its places. A mutant meets 25 tests at first,
-spread over files and functions; what survives them meets further tests that touch the line, up to 15 seconds of them,
-and if the line runs at import, one test of each function. One that has not ended after 60 seconds counts as killed, and
-has a column of its own.
+spread over files and functions; what survives them meets further tests that touch the line, then the file, up to 15
+seconds of each, and if the line runs at import, one test of each function. One that has not ended after 60 seconds
+counts as killed, and has a column of its own.
 
 The suites are those of `tests/unit/` for methods, recipes and engine, `tests/reference/`, `tests/property/`,
 `tests/conformance/` (without the kernels, which are compared with these very definitions), `tests/golden/` and

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 from smelt.errors import NumericError, RecipeError, SmeltError
-from smelt.methods import api
+from smelt.methods import api, loading
 from smelt.methods.loading import answerable, definition_of, line_of, load_file
 
 
@@ -82,6 +83,14 @@ def test_where_a_function_begins(tmp_path: Path) -> None:
     assert definition_of(space["tile"]) == "mine.py:6: def tile(x):"  # type: ignore[arg-type]
     assert definition_of(space["same"]) == "mine.py:1: def same(f):"  # type: ignore[arg-type]
     assert definition_of(space["small"]).startswith("mine.py:"), "it comes to an end"  # type: ignore[arg-type]
+
+
+def test_a_package_that_is_not_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("mine", "no_such_module_of_mine", "smelt.methods")
+    monkeypatch.setattr(loading, "entry_points", lambda group: [point])
+    with pytest.raises(RecipeError, match="package unknown cannot be loaded: ModuleNotFoundError") as found:
+        loading.load_entry_points()
+    assert found.value.where == ("entry point mine = no_such_module_of_mine",)
 
 
 def test_nothing_of_a_file_that_fails_stays(tmp_path: Path) -> None:

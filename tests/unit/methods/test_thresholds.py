@@ -234,6 +234,7 @@ def test_multislerp_without_a_direction() -> None:
     assert multislerp([1, -1], [-1, 1], weight=(1.0, 3.0), normalize_weights=False, eps=5.0) == [1.0, 3.0]
     assert multislerp([1, -1], [-1, 1], weight=1.0) == [0.5, 0.5]
     assert multislerp([0, 0, 0], [0, 0, 0], [0, 0, 0], weight=(1.0, 1.0, 2.0)) == [0.25, 0.25, 0.5]
+    assert multislerp([0.25, 0, 0], [0, 0.25, 0], [0, 0, 0], weight=1.0, eps=0.5) == [1 / 3] * 3, "as short as eps"
     assert multislerp([math.nan, 0], [0, 1], weight=1.0) == [0.5, 0.5]
     with pytest.raises(Undefined, match="cancel"):
         multislerp([1, -1, 0], [-1, 1, 0], [0, 0, 0], weight=1.0)
@@ -295,6 +296,14 @@ def test_sce_shares() -> None:
     sce = method("sce", 2)
     assert sce.shares.function(sce, np.array([1.0, 3.0])).tolist() == [0.25, 0.75]
     assert sce.shares.function(sce, np.array([0.0, 0.0])).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1e-8, 3.0), (0.5e-8, 1.5e-8), (0.25, 3.0)])
+def test_sce_divides_by_shares_from_1e_8_on(share: float, expected: float) -> None:
+    sce = method("sce", 2)
+    deltas = f32([3.0], [-2.0])
+    found = sce.tile(f32([0.0])[0], deltas, None, np.zeros_like(deltas), np.array([share, 1.0]))
+    assert found.tolist() == pytest.approx([expected])
 
 
 def test_nearswap_goes_all_the_way_where_models_are_close() -> None:
