@@ -8,23 +8,19 @@ import numpy as np
 
 from smelt import dtypes
 from smelt.dtypes import BF16, DType
-from smelt.engine.kernels.compiled import JIT, draw
+from smelt.engine.kernels.compiled import JIT, draw, to_bfloat16
 
 
 @JIT
 def _from_bfloat16(stored: Any, out: Any) -> None:
     for j in range(out.size):
-        out[j] = np.uint32(stored[j]) << np.uint32(16)
+        out[j] = np.uint32(np.uint32(stored[j]) << np.uint32(16))
 
 
 @JIT
-def _to_bfloat16(bits: Any, out: Any) -> None:
+def _to_bfloat16(values: Any, out: Any) -> None:
     for j in range(out.size):
-        x = bits[j]
-        rounded = (x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        if (x & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
-            rounded = (x >> np.uint32(16)) | np.uint32(0x40)
-        out[j] = rounded
+        out[j] = to_bfloat16(values[j])
 
 
 def decode(raw: Any, dtype: DType, out: Any) -> None:
@@ -38,17 +34,17 @@ def decode(raw: Any, dtype: DType, out: Any) -> None:
 def encode(values: Any, dtype: DType, raw: Any) -> None:
     """As `smelt.dtypes.encode`."""
     if dtype is BF16:
-        _to_bfloat16(values.view(np.uint32), raw.view(np.uint16))
+        _to_bfloat16(values, raw.view(np.uint16))
     else:
         dtypes.encode(values, dtype, raw)
 
 
 @JIT
 def _any_bfloat16(stored: Any) -> bool:
-    found = np.uint16(0)
+    worst = np.uint16(0)
     for j in range(stored.size):
-        found |= np.uint16((stored[j] & np.uint16(0x7F80)) == np.uint16(0x7F80))
-    return bool(found)
+        worst = max(worst, np.uint16(stored[j] & np.uint16(0x7FFF)))
+    return bool(worst >= np.uint16(0x7F80))
 
 
 def any_nonfinite(raw: Any, dtype: DType) -> bool:
