@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from floor import SECTOR
-
 import smelt
+from floor import SECTOR
 
 MARGIN = 1 << 30
 """Bytes of memory or disk that a benchmark leaves to others."""

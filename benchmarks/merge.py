@@ -4,9 +4,9 @@ usage: python benchmarks/merge.py [--size 1b] [--folder /dev/shm] [--rounds 5] [
                                   [--peer /path/to/environment/bin/mergekit-yaml | --no-peer] [--peer-rounds 1]
        python benchmarks/merge.py --disk FOLDER [--cold] [--size 7b] ...
 
-Makes synthetic checkpoints in a temporary folder (removed at the end, after Ctrl-C too; three models and an output: 9 GB
-for 1b), runs floor, smelt and the peer in turn, and prints the least time of each. The ratio to the floor is of the
-engine's time (inputs opened -> all tensors written); the ratio to the peer is of whole processes. Memory is the
+Makes synthetic checkpoints in a temporary folder (removed at the end, after Ctrl-C too; for 1b three models and
+an output: 9 GB), runs floor, smelt and the peer in turn, and prints the least time of each. The ratio to the floor is
+of the engine's time (inputs opened -> all tensors written); the ratio to the peer is of whole processes. Memory is the
 resident peak. The row `small` is a linear merge of three models of 0.16 B, where starting up counts.
 
 With --disk the files lie in FOLDER, and a second line for each recipe tells what it takes until all is durable: the
