@@ -24,6 +24,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.3,
     "font.size": 10,
     "legend.frameon": False,
@@ -86,11 +87,15 @@ def _tiles(axes: Any, curves: dict[str, Any]) -> None:
     _lines(axes, curves["tiles"], lambda point: point["x"])
     axes.set_xscale("log", base=2)
     places = sorted({point["x"] for point in curves["tiles"]})
-    axes.set_xticks(places, [f"{place / 1024:.0f} Ki" for place in places])
+    axes.set_xticks(places, [_elements(place) for place in places])
     axes.minorticks_off()
     axes.set_xlabel("elements of a tile")
     axes.set_title("Time against tile size")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _elements(count: float) -> str:
+    return f"{count / (1 << 20):.0f} Mi" if count >= 1 << 20 else f"{count / 1024:.0f} Ki"
 
 
 def _threads(axes: Any, curves: dict[str, Any]) -> None:
@@ -107,7 +112,16 @@ def _threads(axes: Any, curves: dict[str, Any]) -> None:
         colour = shades(0.15 + 0.7 * place / max(len(settings) - 1, 1))
         axes.bar(x, [mine[m]["seconds"] for m in methods], width * 0.92, color=colour, label=label)
         cpu = [mine[m]["user"] + mine[m]["system"] for m in methods]
-        axes.scatter(x, cpu, marker="_", s=120, color="black", zorder=3, label="CPU time" if place == 0 else None)
+        axes.scatter(
+            x,
+            cpu,
+            marker="D",
+            s=22,
+            color="white",
+            edgecolor="black",
+            zorder=3,
+            label="CPU time" if place == 0 else None,
+        )
     axes.set_xticks(range(len(methods)), methods)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("seconds")

@@ -224,7 +224,7 @@ def page(curves: dict[str, object]) -> Iterator[str]:
     read = json.loads(json.dumps(curves))
     yield f"# How the time grows\n\nWritten by `benchmarks/sweep.py`: {read['machine']}; models of "
     yield f"{read['model_bytes'] / 1e9:.3g} GB each; least of {read['rounds']} rounds. `slerp` merges two models and"
-    yield "the others three, the base included, unless said otherwise; bytes are those that the engine read and wrote.\n"
+    yield "the others three, the base included, unless said otherwise; bytes are those that the engine moved.\n"
     yield "## Bytes\n\n![time against bytes](bytes.png)\n"
     yield table_head(["method", "GB", "s", "CPU s"])
     for p in read["bytes"]:
@@ -237,7 +237,7 @@ def page(curves: dict[str, object]) -> Iterator[str]:
     yield "\n## Models\n\n![time against models](models.png)\n"
     yield from across(read["models"], "models", lambda x: f"{x:.0f}")
     yield "\n## Tiles\n\nElements that a method sees at once.\n\n![time against tiles](tiles.png)\n"
-    yield from across(read["tiles"], "tile", lambda x: f"{x / 1024:.0f} Ki")
+    yield from across(read["tiles"], "tile", tile_label)
     yield "\n## Threads and cores\n\n![time against threads](threads.png)\n"
     yield table_head(["method", "threads", "cores", "s", "user s", "system s", "speed-up"])
     alone: dict[str, float] = {}
@@ -255,8 +255,13 @@ def page(curves: dict[str, object]) -> Iterator[str]:
             yield table_row([p["method"], f"{100 * p['held']:.1f} %", f"{100 * p['error']:.1f}", most])
         check = read["lock"]["check"]
         yield f"\nThe probe's check: a thread that held the lock for {100 * check['true']:.1f} % of the time was"
-        yield f"seen as {100 * check['seen']:.1f} ± {100 * check['error']:.1f} %. Where these are far apart, the machine was"
-        yield "not quiet."
+        yield f"seen as {100 * check['seen']:.1f} ± {100 * check['error']:.1f} %. Where these are far apart,"
+        yield "the machine was not quiet."
+
+
+def tile_label(elements: float) -> str:
+    """Elements as people say them: 64 Ki."""
+    return f"{elements / (1 << 20):.0f} Mi" if elements >= 1 << 20 else f"{elements / 1024:.0f} Ki"
 
 
 def across(points: Sequence[dict[str, float]], name: str, label: Callable[[float], str]) -> Iterator[str]:
