@@ -21,6 +21,7 @@ from floor import SECTOR
 
 MARGIN = 1 << 30
 """Bytes of memory or disk that a benchmark leaves to others."""
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 
 
@@ -101,18 +102,16 @@ def workplace(parent: Path, *, needed: int, memory: int = 0) -> Iterator[Path]:
     wanted = memory + (needed if in_memory(parent) else 0) + MARGIN
     if wanted > (available := _available_memory()):
         raise SystemExit(f"error: {_gb(available)} of memory are available, and this needs {_gb(wanted)}")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
+    before = {number: signal.signal(number, _end) for number in _STOPS}
     folder = Path(tempfile.mkdtemp(prefix="smelt-bench-", dir=parent))
     try:
         yield folder
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in _STOPS:
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave gigabytes behind
         shutil.rmtree(folder)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(number: int, _frame: FrameType | None) -> None:

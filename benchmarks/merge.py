@@ -108,7 +108,7 @@ def run(rows: Sequence[str], options: Options, parent: Path) -> None:
         place = f"on disk, {state} page cache" if options.disk else "in memory"
         if models:
             print(f"models of {one / 1e9:.2f} GB each, {place}; least of {options.rounds} rounds")
-        print(f"\n{table_head(heads(options))}")
+        print(f"\n{table_head(heads(options))}", flush=True)
         for name in rows:
             used = warm if name == SMALL else models[: recipes.TABLE[name]]
             path = recipes.write("linear" if name == SMALL else name, used, folder)

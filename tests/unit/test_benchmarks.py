@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -74,13 +73,16 @@ with workplace(Path(sys.argv[1]), needed=1 << 60):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     options = ("--size", "tiny", "--rounds", "1000", "--no-peer", "--only", "linear", "--folder", tmp_path)
-    process = subprocess.Popen(command("merge.py", *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("*/base/config.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = subprocess.Popen(command("merge.py", *options), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("|---"):  # the models are made; while one is committed, signals wait
+        assert process.poll() is None
     os.kill(process.pid, number)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    try:
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
     assert list(tmp_path.iterdir()) == []
 
 
