@@ -1,8 +1,8 @@
 """One table of element types: safetensors code, bits, and how values are decoded to float32 and encoded back.
 
-bfloat16 is decoded and encoded by integer arithmetic on uint16 views, and the floats of 8 bits by tables that follow from
-their layouts, because NumPy has no such types. Types that cannot be averaged (integers, packed floats) are carried as
-bytes only.
+bfloat16 is decoded and encoded by integer arithmetic on uint16 views, and the floats of 8 bits by tables that follow
+from their layouts, because NumPy has no such types. Types that cannot be averaged (integers, packed floats) are carried
+as bytes only.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def _table_of_codes(dtype: DType) -> Bytes:
     layout = LAYOUTS[dtype.code]
     known = table_of_values(dtype)[: layout.largest + 1].astype(np.float64)
     beyond = 2 * known[-1] - known[-2]
-    halfway = (known + [*known[1:], beyond]) / 2
+    halfway = (known + np.append(known[1:], beyond)) / 2
     bits = np.arange(1 << 15, dtype=np.uint32) << np.uint32(16)
     with np.errstate(invalid="ignore"):
         values = bits.view(np.float32).astype(np.float64)

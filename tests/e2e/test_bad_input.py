@@ -521,15 +521,48 @@ def test_quantised_models_are_refused_by_name(folder: Path, method: str) -> None
     refused(folder, linear("m0", "packed"), code=INPUT, says=says)
 
 
-def test_fp8_without_a_word_in_the_config(folder: Path) -> None:
+def test_fp8_with_scales_and_without_a_word_in_the_config(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+
     def change(tensors: dict[str, Array]) -> None:
-        name = "model.layers.0.mlp.up_proj.weight"
         tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = np.ones((1, 1), np.float32)
 
     changed(folder, "a", change)
-    done = smelt("merge", recipe(folder / "recipe.yml", linear("a", "a")), folder / "out")
-    assert done.code == INPUT
-    assert "model a is quantised" in done.err
+    says = [
+        "model a is quantised (fp8)",
+        f"tensor {name} [12, 8] float8_e4m3fn",
+        "FineGrainedFP8Config(dequantize=True)",
+    ]
+    refused(folder, linear("a", "a"), code=INPUT, says=says)
+
+
+def test_plain_fp8_is_merged(folder: Path) -> None:
+    """Each half of the models with numbers of 8 bits: the means, rounded once."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    kept = {}
+    for place in ("a", "b"):
+
+        def change(tensors: dict[str, Array], place: str = place) -> None:
+            tensors[name] = kept[place] = (tensors[name] * (1 + len(kept))).astype(ml_dtypes.float8_e4m3fn)
+
+        changed(folder, place, change)
+    accepted(folder, linear("a", "b"))
+    mean = (kept["a"].astype(np.float32) + kept["b"].astype(np.float32)) / 2
+    out = factory.stored(folder / "out")
+    assert out[name].dtype == ml_dtypes.float8_e4m3fn
+    assert np.array_equal(out[name], mean.astype(ml_dtypes.float8_e4m3fn))
+    assert out["model.norm.weight"].dtype == np.float32
+    accepted(folder, linear("m0", "m1", dtype="float8_e5m2"), out="out2")
+    assert {value.dtype.name for value in factory.stored(folder / "out2").values()} == {"float8_e5m2"}
+    assert json.loads((folder / "out2" / "config.json").read_text())["torch_dtype"] == "float8_e5m2"
+    assert smelt("verify", folder / "out2").code == 0
+
+
+def test_a_number_that_fp8_cannot_hold(folder: Path) -> None:
+    tree = linear("m0", "m1", parameters={"weight": 1e4, "normalize": False}, out_dtype="float8_e4m3fn")
+    says = ["would get a NaN or a number beyond ±448", "written as float8_e4m3fn", "--allow nonfinite"]
+    refused(folder, tree, code=NUMERIC, says=says)
 
 
 def test_mixed_types_are_noted(folder: Path) -> None:

@@ -302,18 +302,22 @@ class TensorRun:
         entry = self.entry
         raw, read = self._raw(self._reduction_passes, start, stop, scratch)
         out = scratch.array("out", (entry.dtype.nbytes(stop - start),), np.uint8)
+        cut: list[Any] = []  # where a type without infinities cut a value to its range
         kernel = self._settings.kernels.functions.get((entry.method, "tile"))
         with np.errstate(all="ignore"):
             values = kernel(self._method, self._given(raw, start, start, stop, scratch)) if kernel is not None else None
             if values is not None:
                 self._settings.kernels.encode(values, entry.dtype, out)
+                cut.append(dtypes.saturated(values, entry.dtype))
             for low, high in self.geometry.tile_spans(start, stop) if values is None else ():
                 piece = out[entry.dtype.nbytes(low - start) : entry.dtype.nbytes(high - start)]
                 given = self._given(raw, start, low, high, scratch)
                 values = self._call(type(self._method).tile, self._method.info.tile_arguments, given)
-                self._settings.kernels.encode(self._checked(values, given.shape), entry.dtype, piece)
-        if self._settings.kernels.any_nonfinite(out, entry.dtype):
-            self._count_nonfinite(out, raw, start)
+                flat = self._checked(values, given.shape)
+                self._settings.kernels.encode(flat, entry.dtype, piece)
+                cut.append(dtypes.saturated(flat, entry.dtype) + (low - start))
+        if any(part.size for part in cut) or self._settings.kernels.any_nonfinite(out, entry.dtype):
+            self._count_nonfinite(out, raw, start, np.concatenate(cut))
         self._sink.write(entry.name, entry.dtype.nbytes(start), memoryview(out))
         self._digest(entry.dtype.nbytes(start), out)
         return read, len(out)
@@ -328,9 +332,14 @@ class TensorRun:
                 self._inherited += int(np.count_nonzero(dtypes.nonfinite(raw[0], dtype)))
         return read, len(raw[0])
 
-    def _count_nonfinite(self, out: Any, raw: Sequence[Any], start: int) -> None:
-        """Count the NaNs and infinities of a task's output; new ones fail the merge unless they are allowed."""
+    def _count_nonfinite(self, out: Any, raw: Sequence[Any], start: int, cut: Any) -> None:
+        """Count the NaNs and infinities of a task's output; new ones fail the merge unless they are allowed.
+
+        So do numbers that the output's type had to cut to its range (their places are `cut`): in another type each of
+        them would be an infinity.
+        """
         bad = dtypes.nonfinite(out, self.entry.dtype)
+        bad[cut] = True
         theirs = np.zeros(len(bad), dtype=bool)
         for source, stored in zip(self.entry.sources, raw, strict=True):
             theirs |= dtypes.nonfinite(stored, source.tensor.dtype)
@@ -344,8 +353,9 @@ class TensorRun:
     def _new_nonfinite(self, element: int) -> NumericError:
         entry = self.entry
         place = np.unravel_index(element, entry.shape) if entry.shape else ()
+        beyond = f" or a number beyond ±{entry.dtype.finite_max:g}" if entry.dtype.saturates else " or infinity"
         return NumericError(
-            f"tensor '{entry.name}' would get a NaN or infinity where every model has a number",
+            f"tensor '{entry.name}' would get a NaN{beyond} where every model has a number",
             where=[
                 f"first at index {[int(i) for i in place]}, method {entry.method}, written as {entry.dtype}",
                 *(f"{self._sources[source.model].name}  {source.tensor}" for source in entry.sources),
