@@ -559,6 +559,37 @@ def test_plain_fp8_is_merged(folder: Path) -> None:
     assert smelt("verify", folder / "out2").code == 0
 
 
+def test_fp8_with_scales_is_read_as_weights(folder: Path) -> None:
+    """The scales are multiplied in, and neither they nor their word in the config are in the output."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    scales = np.array([[0.5, 0.25], [2.0, 0.125]], np.float32)
+
+    def change(tensors: dict[str, Array]) -> None:
+        tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+
+    setting = {"quant_method": "fp8", "weight_block_size": [8, 5]}
+    changed(folder, "a", change, quantization_config=setting)
+    whole = np.repeat(np.repeat(scales, 8, 0), 5, 1)[:12, :8]
+    a = factory.stored(folder / "a")[name].astype(np.float32) * whole
+    b = factory.stored(folder / "m0")[name]
+    done = accepted(folder, linear("a", "m0"), "-v")
+    assert "note: 1 tensor of a: float8_e4m3fn times the scales of 8 × 5 blocks, read as float32" in done.err
+    out = factory.stored(folder / "out")
+    assert np.array_equal(out[name], ((a.astype(np.float64) + b) / 2).astype(np.float32))
+    assert f"{name}_scale_inv" not in out
+    assert json.loads((folder / "out" / "config.json").read_text()) == config(torch_dtype="float32")
+    accepted(folder, {"merge_method": "passthrough", "models": [{"model": "a"}]}, out="out2")
+    assert np.array_equal(factory.stored(folder / "out2")[name], a)
+    accepted(folder, linear("a", "m0", dtype="bfloat16"), out="out3")
+    assert factory.stored(folder / "out3")[name].dtype == ml_dtypes.bfloat16
+    assert smelt("verify", folder / "out3").code == 0
+    scales[:] = 1
+    changed(folder, "b", change, quantization_config={**setting, "weight_block_size": [8, 8]})
+    says = ["model b is quantised (fp8)", "config.json  quantization_config", "dequantise it first"]
+    refused(folder, linear("m0", "b", allow=["extra_tensor"]), code=INPUT, says=says, out="out4")
+
+
 def test_a_number_that_fp8_cannot_hold(folder: Path) -> None:
     tree = linear("m0", "m1", parameters={"weight": 1e4, "normalize": False}, out_dtype="float8_e4m3fn")
     says = ["would get a NaN or a number beyond ±448", "written as float8_e4m3fn", "--allow nonfinite"]

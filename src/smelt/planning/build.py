@@ -15,7 +15,7 @@ from smelt.planning.anatomy import Role
 from smelt.planning.entries import Action, Entry, Input, Plan
 from smelt.planning.explain import number_text
 from smelt.planning.locate import Model
-from smelt.planning.quantised import quantised
+from smelt.planning.quantised import dequantised, quantised
 from smelt.planning.sections import sections
 from smelt.planning.tokens import choose_tokens
 from smelt.recipe.canonical import digest
@@ -312,6 +312,7 @@ class _Builder:
     def _report(self, alignment: Alignment) -> None:
         self.notes.extend(alignment.notes)
         self.notes.extend(notes(self.recipe))
+        self.notes.extend(note for model in self.models if (note := dequantised(model)) is not None)
         for names, count in self._mixed.items():
             mix = "tensor mixes" if count == 1 else "tensors mix"
             self.notes.append(f"{count} {mix} {' and '.join(names)}; all are worked on in float32")

@@ -1,7 +1,7 @@
 """Checkpoints whose stored numbers are not the weights: quantised ones, known by config, by tensor names and by types.
 
 A weight that is stored with a scale beside it, or packed several to a byte, must not be averaged as if it were plain.
-Floats of 8 bits without scales are plain numbers, and pass.
+Floats of 8 bits without scales are plain numbers, and pass. So does what `storage.sources.scaled` reads as weights.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from smelt.errors import InputError
 from smelt.planning.locate import Model
 from smelt.specs import TensorSpec
+from smelt.storage.sources.scaled import ScaledCheckpoint
 
 SHOWN = 4
 """Tensors of a kind that an error names before it only counts."""
@@ -180,3 +181,13 @@ def _is_scale(name: str, tensors: Mapping[str, TensorSpec]) -> bool:
 def quantised(models: Sequence[Model]) -> dict[int, InputError]:
     """The error for each quantised model, by its place."""
     return {place: error for place, model in enumerate(models) if (error := refuse(model)) is not None}
+
+
+def dequantised(model: Model) -> str | None:
+    """What the plan says of a model whose quantised tensors are read as the weights that they stand for."""
+    if not isinstance(model.source, ScaledCheckpoint):
+        return None
+    scaled = model.source.scaled
+    high, wide = next(iter(scaled.values())).block
+    tensors = "1 tensor" if len(scaled) == 1 else f"{len(scaled)} tensors"
+    return f"{tensors} of {model.name}: float8_e4m3fn times the scales of {high} × {wide} blocks, read as float32"
