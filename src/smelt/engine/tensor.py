@@ -38,6 +38,7 @@ _SAMPLE = (16, 1024)
 """Chunks of a sample, and elements of each."""
 _WORTH_SAMPLE = 1 << 20
 """Elements of a tensor from which on a sample is taken."""
+_NOWHERE = np.zeros(0, dtype=np.intp)
 _READ_BACK = 8 * digests.BLOCK
 """Bytes that are read back at a time for digests."""
 
@@ -326,27 +327,34 @@ class TensorRun:
                 stored, more = self._read(low, high, scratch)
                 read += more
                 piece = out[(low - start) * size : (high - start) * size]
-                if self._tile(self._tile_given(stored, low, high, scratch), piece):
-                    self._count_nonfinite(piece, stored, low)
+                cut = self._tile(self._tile_given(stored, low, high, scratch), piece)
+                if cut is not None:
+                    self._count_nonfinite(piece, stored, low, cut)
         self._sink.write(entry.name, start * size, out)
         self._digest(start * size, out)
         return read, len(out)
 
-    def _tile(self, given: Given, out: Any) -> bool:
-        """Write the stored bytes of one tile of the result to `out`; whether a number of it is not finite."""
+    def _tile(self, given: Given, out: Any) -> Any:
+        """Write the stored bytes of one tile of the result to `out`.
+
+        Gives None where all its numbers are finite; else the places (there may be none) where the type cut a value.
+        """
         kernels, dtype = self._settings.kernels, self.entry.dtype
         if self._tile_kernel is not None:
             kind = kernels.elements.get(dtype.code)
             values = given.scratch.array("values", (given.count,), np.float32) if kind is None else out.view(kind)
             found = self._tile_kernel(self._method, given, values)
             if found is not None:
-                if kind is not None:
-                    return bool(found)
-                kernels.encode(values, dtype, out)
-                return kernels.any_nonfinite(out, dtype)
+                return self._encode(values, out) if kind is None else _NOWHERE if found else None
         values = self._call(type(self._method).tile, self._method.info.tile_arguments, given)
-        kernels.encode(self._checked(values, given.shape), dtype, out)
-        return kernels.any_nonfinite(out, dtype)
+        return self._encode(self._checked(values, given.shape), out)
+
+    def _encode(self, values: Any, out: Any) -> Any:
+        """Encode the numbers of a tile; gives what `_tile` does."""
+        kernels, dtype = self._settings.kernels, self.entry.dtype
+        kernels.encode(values, dtype, out)
+        cut = dtypes.saturated(values, dtype)
+        return cut if cut.size or kernels.any_nonfinite(out, dtype) else None
 
     def _copy(self, start: int, stop: int, scratch: Scratch) -> tuple[int, int]:
         dtype = self.entry.dtype
@@ -361,9 +369,14 @@ class TensorRun:
                 self._inherited += int(np.count_nonzero(dtypes.nonfinite(data, dtype)))
         return high - low, high - low
 
-    def _count_nonfinite(self, out: Any, stored: Sequence[tuple[Any, DType]], start: int) -> None:
-        """Count the NaNs and infinities of a tile's output; new ones fail the merge unless they are allowed."""
+    def _count_nonfinite(self, out: Any, stored: Sequence[tuple[Any, DType]], start: int, cut: Any) -> None:
+        """Count the NaNs and infinities of a tile's output; new ones fail the merge unless they are allowed.
+
+        So do numbers that the output's type had to cut to its range (their places are `cut`): in another type each of
+        them would be an infinity.
+        """
         bad = dtypes.nonfinite(out, self.entry.dtype)
+        bad[cut] = True
         theirs = np.zeros(len(bad), dtype=bool)
         for data, dtype in stored:
             theirs |= dtypes.nonfinite(data, dtype)
@@ -377,8 +390,9 @@ class TensorRun:
     def _new_nonfinite(self, element: int) -> NumericError:
         entry = self.entry
         place = np.unravel_index(element, entry.shape) if entry.shape else ()
+        beyond = f" or a number beyond ±{entry.dtype.finite_max:g}" if entry.dtype.saturates else " or infinity"
         return NumericError(
-            f"tensor '{entry.name}' would get a NaN or infinity where every model has a number",
+            f"tensor '{entry.name}' would get a NaN{beyond} where every model has a number",
             where=[
                 f"first at index {[int(i) for i in place]}, method {entry.method}, written as {entry.dtype}",
                 *(f"{self._sources[source.model].name}  {source.tensor}" for source in entry.sources),

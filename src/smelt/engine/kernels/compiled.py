@@ -26,14 +26,18 @@ GRID = 1 << 24
 
 
 def widen(stored: Any) -> Any:
-    """A stored element as float32: a uint16 holds a bfloat16, a float32 is itself."""
+    """A stored element as float32; its kind of integer says what it is.
+
+    uint16 is a bfloat16, int16 a float16, uint8 a float8_e4m3fn, int8 a float8_e5m2; a float32 is itself.
+    """
     raise NotImplementedError
 
 
 @overload(widen, inline="always")
 def _widen(stored):
-    if isinstance(stored, numba.types.Integer):
-        return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
+    if stored in _WIDENED:
+        function = _WIDENED[stored]
+        return lambda stored: function(stored)
     return lambda stored: np.float32(stored)
 
 
@@ -72,6 +76,65 @@ def _exponent(stored):
 
 
 INFINITE = np.uint32(0x7F800000)
+
+
+@numba.njit(inline="always")
+def from_bfloat16(stored: Any) -> Any:
+    """The float32 of a bfloat16's bits."""
+    return np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
+
+
+@numba.njit(inline="always")
+def from_float16(stored: Any) -> Any:
+    """The float32 of a float16's bits; the payload of a NaN stays."""
+    bits = np.uint32(np.uint16(stored))
+    code = np.uint32(bits & np.uint32(0x7FFF))
+    subnormal = np.float32(np.int32(code)) * np.float32(2.0**-24)
+    number = np.uint32((code << np.uint32(13)) + np.uint32(0x38000000))
+    if code >= np.uint32(0x7C00):
+        number = np.uint32(number + np.uint32(0x38000000))
+    if code < np.uint32(0x0400):
+        number = np.uint32(np.float32(subnormal).view(np.uint32))
+    return np.uint32(number | ((bits & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
+
+
+@numba.njit(inline="always")
+def from_float8_e4m3fn(stored: Any) -> Any:
+    """The float32 of a float8_e4m3fn's code."""
+    bits = np.uint32(np.uint8(stored))
+    code = np.uint32(bits & np.uint32(0x7F))
+    subnormal = np.float32(np.int32(code)) * np.float32(2.0**-9)
+    number = np.uint32((code << np.uint32(20)) + np.uint32(120 << 23))
+    if code == np.uint32(0x7F):
+        number = np.uint32(0x7FC00000)
+    if code < np.uint32(0x08):
+        number = np.uint32(np.float32(subnormal).view(np.uint32))
+    return np.uint32(number | ((bits & np.uint32(0x80)) << np.uint32(24))).view(np.float32)
+
+
+@numba.njit(inline="always")
+def from_float8_e5m2(stored: Any) -> Any:
+    """The float32 of a float8_e5m2's code."""
+    bits = np.uint32(np.uint8(stored))
+    code = np.uint32(bits & np.uint32(0x7F))
+    subnormal = np.float32(np.int32(code)) * np.float32(2.0**-16)
+    number = np.uint32((code << np.uint32(21)) + np.uint32(112 << 23))
+    if code == np.uint32(0x7C):
+        number = np.uint32(0x7F800000)
+    if code > np.uint32(0x7C):
+        number = np.uint32(0x7FC00000)
+    if code < np.uint32(0x04):
+        number = np.uint32(np.float32(subnormal).view(np.uint32))
+    return np.uint32(number | ((bits & np.uint32(0x80)) << np.uint32(24))).view(np.float32)
+
+
+_WIDENED = {
+    numba.types.uint16: from_bfloat16,
+    numba.types.int16: from_float16,
+    numba.types.uint8: from_float8_e4m3fn,
+    numba.types.int8: from_float8_e5m2,
+}
+"""How each kind of stored integer is read."""
 
 
 @numba.njit(inline="always")

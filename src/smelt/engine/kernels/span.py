@@ -10,14 +10,22 @@ from typing import Any
 import numpy as np
 from numba.extending import overload
 
-from smelt.dtypes import BF16, F32
+from smelt.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32
 from smelt.engine.given import Given
 from smelt.engine.kernels.compiled import INFINITE, JIT, exponent, narrow, widen
 
 MOST_MODELS = 12
 """Above this many models a method's own function is called."""
+STORED: dict[str, Any] = {
+    BF16.code: np.uint16,
+    F16.code: np.int16,
+    F8_E4M3.code: np.uint8,
+    F8_E5M2.code: np.int8,
+    F32.code: np.float32,
+}
+"""How kernels see stored elements of their inputs: `widen` knows each type by its kind of integer."""
 ELEMENTS = {BF16.code: np.uint16, F32.code: np.float32}
-"""How kernels see stored elements."""
+"""How they see those of their output; other types are encoded from float32."""
 
 
 def _loop(stored: Any, coefficients: Any, out: Any) -> bool:
@@ -69,9 +77,9 @@ def _sum_of_deltas(stored: Any, base: Any, coefficients: Any, out: Any) -> bool:
 
 
 def elements(given: Given) -> tuple[Any, ...] | None:
-    """The stored arrays of a tile as kernels take them: uint16 for bfloat16, float32; None for other types."""
+    """The stored arrays of a tile as kernels take them; None where their types differ or have no kernel."""
     first = given.stored[0][1]
-    kind = ELEMENTS.get(first.code)
+    kind = STORED.get(first.code)
     if kind is None or len(given.stored) > MOST_MODELS or any(dtype is not first for _, dtype in given.stored):
         return None
     return tuple([raw.view(kind) for raw, _ in given.stored])
