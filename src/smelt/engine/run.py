@@ -10,17 +10,18 @@ import heapq
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from smelt.engine.copying import CopyRun, Known
 from smelt.engine.kernels import DEFINITIONS, Kernels, fused
 from smelt.engine.tensor import Budget, Settings, Sink, TensorResult, TensorRun
 from smelt.engine.tiles import DEFAULT_TILE, Scratch
 from smelt.errors import InputError, SmeltError, raise_all
-from smelt.planning.entries import Action, Input, Plan
+from smelt.planning.entries import Action, Entry, Input, Plan
 from smelt.storage.checkpoint import TensorSource
 from smelt.storage.signals import deferred, held
 
@@ -28,7 +29,7 @@ KEEP_BYTES = 96 << 20
 """Stored bytes that multi-pass tensors may keep in memory, all together."""
 
 WORTH_KERNELS = 64 << 20
-"""Input bytes from which on loading the compiled kernels (half a second) is repaid."""
+"""Input bytes of merged tensors from which on loading the compiled kernels (half a second) is repaid."""
 _COMPARE = 1 << 20
 """Bytes compared at a time."""
 
@@ -62,13 +63,14 @@ def run(
     tile: int | None = None,
     allow_nonfinite: bool = False,
     kernels: bool | None = None,
+    known: Mapping[str, Known] | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
     """Carry out a plan: read `sources` (one per model of the plan), write every tensor into `sink`.
 
     The result does not depend on `workers` (threads), `tile` (elements a method sees at once) or `kernels` (whether
-    compiled ones are used; None: if the merge is large enough to repay loading them). Raises the first error of any
-    worker; KeyboardInterrupt stops the workers and is passed on.
+    compiled ones are used; None: if the merge is large enough to repay loading them). Copied tensors that are in
+    `known` are moved unread. Raises the first error of any worker; KeyboardInterrupt stops them and is passed on.
     """
     settings = Settings(
         workers=workers or default_workers(),
@@ -76,12 +78,18 @@ def run(
         seed=plan.seed,
         keep_bytes=KEEP_BYTES,
         allow_nonfinite=allow_nonfinite,
-        kernels=_kernels() if kernels or (kernels is None and plan.input_bytes >= WORTH_KERNELS) else DEFINITIONS,
+        kernels=_kernels() if kernels or (kernels is None and worth_kernels(plan)) else DEFINITIONS,
     )
     started = time.perf_counter()
-    crew = _Crew(plan, sources, sink, settings)
+    crew = _Crew(plan, sources, sink, settings, known or {})
     crew.work(progress)
     return RunResult(tuple(crew.results()), time.perf_counter() - started, crew.read, crew.written)
+
+
+def worth_kernels(plan: Plan) -> bool:
+    """Whether a merge is large enough to repay loading the compiled kernels; copies have no use for them."""
+    merged = sum(entry.input_bytes for entry in plan.entries if entry.action is Action.MERGE)
+    return merged >= WORTH_KERNELS
 
 
 def _kernels() -> Kernels:
@@ -92,14 +100,22 @@ def _kernels() -> Kernels:
 class _Crew:
     """The workers and what they share: the heap of ready tasks, and how many of each open pass are left."""
 
-    def __init__(self, plan: Plan, sources: Sequence[TensorSource], sink: Sink, settings: Settings) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        sources: Sequence[TensorSource],
+        sink: Sink,
+        settings: Settings,
+        known: Mapping[str, Known],
+    ) -> None:
         self._plan = plan
+        self._known = known
         self._sources = sources
         self._sink = sink
         self._settings = settings
         self._budget = Budget(settings.keep_bytes)
         self._ready: list[tuple[int, int, int]] = []
-        self._open: dict[int, TensorRun] = {}
+        self._open: dict[int, TensorRun | CopyRun] = {}
         self._left: dict[int, int] = {}
         self._next = 0
         self._results: list[TensorResult | None] = [None] * len(plan.entries)
@@ -180,7 +196,7 @@ class _Crew:
 
     def _begin(self, index: int) -> None:
         entry = self._plan.entries[index]
-        tensor = TensorRun(entry, self._sources, self._sink, settings=self._settings, budget=self._budget)
+        tensor = self._tensor(entry)
         if entry.size == 0:
             self._results[index] = tensor.result()
             return
@@ -188,7 +204,13 @@ class _Crew:
         self._expected += tensor.bytes_reread
         self._queue(index, tensor, 0)
 
-    def _queue(self, index: int, tensor: TensorRun, number: int) -> None:
+    def _tensor(self, entry: Entry) -> TensorRun | CopyRun:
+        if entry.action is Action.MERGE:
+            return TensorRun(entry, self._sources, self._sink, settings=self._settings, budget=self._budget)
+        known = self._known.get(entry.name)
+        return CopyRun(entry, self._sources, self._sink, settings=self._settings, known=known)
+
+    def _queue(self, index: int, tensor: TensorRun | CopyRun, number: int) -> None:
         self._left[index] = tensor.tasks(number)
         for task in range(tensor.tasks(number)):
             heapq.heappush(self._ready, (index, number, task))

@@ -21,11 +21,10 @@ from smelt.engine.reducing import Running, bind, schedule
 from smelt.engine.rng import key
 from smelt.engine.tiles import Geometry, Scratch
 from smelt.errors import NumericError, RecipeError
-from smelt.methods import api
 from smelt.methods.api import Undefined
 from smelt.methods.loading import answerable, definition_of
 from smelt.methods.reducers import described
-from smelt.planning.entries import Action, Entry
+from smelt.planning.entries import Entry
 from smelt.storage import digests
 from smelt.storage.checkpoint import TensorSource
 
@@ -107,7 +106,7 @@ class Budget:
 
 
 class TensorRun:
-    """The work of one entry. `task(pass, number)` may be called from any thread; `end_pass` by one."""
+    """The work of one entry that is merged. `task(pass, number)` may be called from any thread; `end_pass` by one."""
 
     def __init__(
         self, entry: Entry, sources: Sequence[TensorSource], sink: Sink, *, settings: Settings, budget: Budget
@@ -118,25 +117,20 @@ class TensorRun:
         self._settings = settings
         self._budget = budget
         self._lock = threading.Lock()
-        self._results: dict[str, Any] = {}
         self._digests: dict[int, bytes] = {}
         self._inherited = self._created = 0
         self._kept: list[Any] | None = None
         self._block: Any = None
-        self._method: Any = None
-        if entry.action is Action.MERGE:
-            self._method = bind(entry)
-            self._results = dict.fromkeys(reduction.name for reduction in self._method.info.reductions)
-        grain = self._method.grain if self._method else api.Grain.ELEMENT
-        self.geometry = Geometry.of(entry.shape, grain, tile=settings.tile)
-        self._reductions = schedule(self._method.active()) if self._method else []
+        self._method: Any = bind(entry)
+        self._results = dict.fromkeys(reduction.name for reduction in self._method.info.reductions)
+        self.geometry = Geometry.of(entry.shape, self._method.grain, tile=settings.tile)
+        self._reductions = schedule(self._method.active())
         self._running: list[Running] = []
         self._reduction_passes = max((start + r.reducer.rounds for start, r in self._reductions), default=0)
         aligned = entry.dtype.nbytes(self.geometry.task * 8) % (8 * digests.BLOCK) == 0
         self._digest_inline = aligned or self.geometry.tasks == 1
         self.passes = self._reduction_passes + 1 + (0 if self._digest_inline else 1)
-        if self._method:
-            self._streams = [key(settings.seed, entry.name, source.stream) for source in entry.inputs]
+        self._streams = [key(settings.seed, entry.name, source.stream) for source in entry.inputs]
         if self._reduction_passes:
             self._keep_inputs()
         self._begin_pass(0)
@@ -160,8 +154,6 @@ class TensorRun:
         start, stop = self.geometry.span(task)
         if number < self._reduction_passes:
             return self._reduce(number, start, stop, scratch), 0
-        if self._method is None:
-            return self._copy(start, stop, scratch)
         return self._write(start, stop, scratch)
 
     def end_pass(self, number: int) -> None:
@@ -205,7 +197,7 @@ class TensorRun:
                 reducer = reduction.reducer(scope=reduction.scope, size=self.geometry.size)
                 going.append(Running(reduction, reducer, start))
         self._running = going
-        if not self._reduction_passes and self._method:
+        if not self._reduction_passes:
             self._derive()
 
     def _derive(self) -> None:
@@ -317,16 +309,6 @@ class TensorRun:
         self._sink.write(entry.name, entry.dtype.nbytes(start), memoryview(out))
         self._digest(entry.dtype.nbytes(start), out)
         return read, len(out)
-
-    def _copy(self, start: int, stop: int, scratch: Scratch) -> tuple[int, int]:
-        raw, read = self._raw(0, start, stop, scratch)
-        dtype = self.entry.dtype
-        self._sink.write(self.entry.name, dtype.nbytes(start), memoryview(raw[0]))
-        self._digest(dtype.nbytes(start), raw[0])
-        if dtype.floating:
-            with self._lock:
-                self._inherited += int(np.count_nonzero(dtypes.nonfinite(raw[0], dtype)))
-        return read, len(raw[0])
 
     def _count_nonfinite(self, out: Any, raw: Sequence[Any], start: int) -> None:
         """Count the NaNs and infinities of a task's output; new ones fail the merge unless they are allowed."""
