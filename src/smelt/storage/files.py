@@ -42,7 +42,7 @@ PORTABLE = not (hasattr(os, "preadv") and hasattr(os, "pwrite"))
 
 _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _COPY_CHUNK = 8 << 20
-_AHEAD = 8 << 20
+_AHEAD = 32 << 20
 """Bytes behind a read that the system is told to fetch meanwhile: what served best on cold files (docs/log.md)."""
 _WORTH_HINT = 1 << 18
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
