@@ -9,14 +9,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from smelt.engine.copying import Known
 from smelt.engine.forecast import Forecast, forecast
 from smelt.engine.run import RunResult, check_equal, run
 from smelt.errors import InputError, NumericError, RecipeError, StorageError, raise_all
 from smelt.lineage.card import CARD, card
 from smelt.lineage.record import RECORD, file_digest, record
+from smelt.lineage.trusted import Claim, trusted
 from smelt.methods.loading import MethodFile, load_file
 from smelt.planning.build import build
 from smelt.planning.check import check
@@ -27,7 +30,9 @@ from smelt.recipe.canonical import canonical, to_yaml
 from smelt.recipe.check import check_parameters
 from smelt.recipe.parse import from_dict, load
 from smelt.recipe.schema import Recipe, Relaxation
+from smelt.specs import TensorSpec
 from smelt.storage import files
+from smelt.storage.checkpoint import Checkpoint, TensorSource
 from smelt.storage.writer import Build, OutputTensor, layout
 
 SHARD_BYTES = 5_000_000_000
@@ -69,6 +74,8 @@ class MergeReport:
     bytes_written: int
     nonfinite: Mapping[str, int]
     warnings: tuple[str, ...]
+    trusted: tuple[str, ...] = ()
+    """Tensors that were moved unread, with the digest that their model's record names."""
 
 
 @contextmanager
@@ -184,6 +191,7 @@ def merge(
     tile: int | None = None,
     hash_inputs: bool = False,
     trust_methods: bool = False,
+    trust_digests: bool = False,
     progress: Progress | None = None,
     on_plan: Callable[[Prepared], None] | None = None,
 ) -> MergeReport:
@@ -192,7 +200,8 @@ def merge(
     `allow` relaxes checks by name (`extra_tensor`, `missing_tensor`, `nonfinite`, `vocabulary`); `strict` makes
     warnings errors; `seed` drives the random methods; `workers` (threads) and `tile` (elements) change the speed, never
     the result; `hash_inputs` records the sha256 of every input file; `trust_methods` lets the recipe load method files,
-    which are code. `progress` is called with (bytes done, bytes in all), `on_plan` once before anything is written.
+    which are code; `trust_digests` copies tensors that stay as they are unread, with the digests that the `smelt.json`
+    of their model names. `progress` is called with (bytes done, bytes in all), `on_plan` once before all writing.
 
     Raises RecipeError, InputError, StorageError or NumericError, after which `out` is what it was before.
     """
@@ -209,6 +218,9 @@ def merge(
         check(plan, models, shards)
         sources = [model.source for model in models]
         check_equal(plan, sources)
+        claims, doubts = trusted(plan, sources) if trust_digests else ({}, [])
+        if strict and doubts:
+            raise RecipeError(_strictly(len(doubts)), where=doubts)
         papers = _papers(prepared, name=Path(os.path.realpath(out)).name)
         if on_plan is not None:
             on_plan(prepared)
@@ -221,6 +233,7 @@ def merge(
                     workers=workers,
                     tile=tile,
                     allow_nonfinite="nonfinite" in allowed or "nonfinite" in prepared.recipe.allow,
+                    known=_known(plan, sources, folder, claims),
                     progress=progress,
                 )
             except BaseException:
@@ -237,7 +250,7 @@ def merge(
             nonfinite = {r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created}
             if strict and nonfinite:
                 raise NumericError(_strictly(1), where=_nonfinite_warnings(nonfinite), fix=_REPAIR)
-            _write_papers(folder, prepared, done, papers, hashes)
+            _write_papers(folder, prepared, done, papers, hashes, claims)
             committing = time.perf_counter()
             folder.commit()
             commit_seconds = time.perf_counter() - committing
@@ -250,8 +263,26 @@ def merge(
         bytes_read=done.bytes_read,
         bytes_written=shards.total_bytes,
         nonfinite=nonfinite,
-        warnings=(*plan.warnings, *_nonfinite_warnings(nonfinite)),
+        warnings=(*plan.warnings, *doubts, *_nonfinite_warnings(nonfinite)),
+        trusted=tuple(claims),
     )
+
+
+def _known(plan: Plan, sources: Sequence[TensorSource], folder: Build, claims: Mapping[str, Claim]) -> dict[str, Known]:
+    """For tensors whose digest is trusted: that digest, and how their bytes get into the build."""
+    known = {}
+    for entry in plan.entries:
+        if (claim := claims.get(entry.name)) is not None:
+            tensor = entry.inputs[0].tensor
+            source = sources[entry.inputs[0].model]
+            assert isinstance(source, Checkpoint)
+            move = partial(_move, folder, entry.name, source, tensor)
+            known[entry.name] = Known(claim.digest, claim.nonfinite, move)
+    return known
+
+
+def _move(folder: Build, name: str, source: Checkpoint, tensor: TensorSpec, start: int, stop: int) -> None:
+    folder.take(name, start, stop, source=source.file_of(tensor), offset=tensor.offset + start)
 
 
 def _inputs(recipe: object, prepared: Prepared) -> list[Path]:
@@ -319,6 +350,7 @@ def _write_papers(
     done: RunResult,
     papers: Mapping[str, bytes],
     hashes: Mapping[tuple[int, str], str],
+    claims: Mapping[str, Claim],
 ) -> None:
     """The papers and the record, into the build folder."""
     for file, content in papers.items():
@@ -336,6 +368,7 @@ def _write_papers(
             nonfinite={r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created},
             companions={file: file_digest(content) for file, content in papers.items()},
             method_files={published_names(prepared)[file]: sha for file, sha in prepared.method_files.items()},
+            trusted=claims,
         ),
     )
 

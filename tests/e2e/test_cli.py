@@ -58,6 +58,7 @@ def test_help_of_merge_names_every_option() -> None:
         "--allow",
         "--strict",
         "--hash-inputs",
+        "--trust-digests",
         "--json",
     ):
         assert option in text, option

@@ -29,6 +29,7 @@ def merge(
     strict: Flag = False,
     hash_inputs: Flag = False,
     trust_methods: Flag = False,
+    trust_digests: Flag = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -57,6 +58,8 @@ def merge(
         Record the sha256 of every input file (reads them once more).
     trust_methods
         Load the method files that the recipe names; they are code.
+    trust_digests
+        Copy tensors that stay as they are unread, with the digests that smelt.json of their model names.
     quiet
         Print nothing but errors.
     verbose
@@ -79,6 +82,7 @@ def merge(
             strict=strict,
             hash_inputs=hash_inputs,
             trust_methods=trust_methods,
+            trust_digests=trust_digests,
             progress=report,
             on_plan=None if quiet else lambda prepared: _say_plan(prepared, out, verbose=verbose),
         )
@@ -107,6 +111,9 @@ def _say_plan(prepared: Prepared, out: Path, *, verbose: bool) -> None:
 def _say_done(done: MergeReport) -> None:
     for warning in done.warnings:
         print(visible(f"warning: {warning}"), file=sys.stderr)
+    if done.trusted:
+        copied = counted(len(done.trusted), "tensor")
+        print(f"note: {copied} copied unread, with the digests of their models' records", file=sys.stderr)
     rate = (done.bytes_read + done.bytes_written) / max(done.engine_seconds, 1e-9)
     print(
         f"done: {done.out}  {size_text(done.bytes_written)} in {done.seconds:.1f} s "
@@ -127,6 +134,7 @@ def _as_json(done: MergeReport) -> dict[str, object]:
         "engine_seconds": round(done.engine_seconds, 3),
         "commit_seconds": round(done.commit_seconds, 3),
         "nonfinite": dict(done.nonfinite),
+        "trusted": len(done.trusted),
         "notes": list(done.plan.notes),
         "warnings": list(done.warnings),
     }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from smelt.engine.copying import PIECE
 from smelt.engine.reducing import bind, schedule
-from smelt.engine.run import KEEP_BYTES, WORTH_KERNELS, default_workers
+from smelt.engine.run import KEEP_BYTES, default_workers, worth_kernels
 from smelt.engine.tiles import DEFAULT_TILE, Geometry
 from smelt.planning.entries import Action, Entry, Plan
-from smelt.specs import Grain
 
 INTERPRETER = 120 << 20
 """Resident bytes of Python with NumPy and what smelt loads, before any tile."""
@@ -50,18 +50,17 @@ def forecast(plan: Plan, *, workers: int | None = None, tile: int | None = None)
         read += entry.input_bytes * (1 if fits else count)
         largest = max(largest, _worker_bytes(entry, tile))
     memory = INTERPRETER + PER_ENTRY * len(plan.entries) + workers * largest + min(kept, KEEP_BYTES)
-    if plan.input_bytes >= WORTH_KERNELS:
+    if worth_kernels(plan):
         memory += COMPILER
     return Forecast(read, plan.output_bytes, counts, memory, workers)
 
 
 def _worker_bytes(entry: Entry, tile: int) -> int:
     """Buffers of one worker for this tensor: stored bytes of a task, float32 tiles and float64 temporaries."""
-    grain = bind(entry).grain if entry.action is Action.MERGE else Grain.ELEMENT
-    geometry = Geometry.of(entry.shape, grain, tile=tile)
+    if entry.action is not Action.MERGE:
+        return min(PIECE, entry.nbytes)
+    geometry = Geometry.of(entry.shape, bind(entry).grain, tile=tile)
     task, tile = min(geometry.task, geometry.size), min(geometry.tile, geometry.size)
     stored = sum(source.tensor.dtype.nbytes(8 * task) // 8 for source in entry.sources)
-    if entry.action is not Action.MERGE:
-        return stored
     models = len(entry.sources)
     return stored + entry.dtype.nbytes(8 * task) // 8 + 4 * task + tile * (4 * (3 * models + 2) + 8 * (models + 6))

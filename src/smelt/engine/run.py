@@ -11,18 +11,19 @@ import heapq
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from smelt.engine.copying import CopyRun, Known
 from smelt.engine.kernels import DEFINITIONS, Kernels, fused
 from smelt.engine.memory import Budget
 from smelt.engine.tensor import Settings, Sink, TensorResult, TensorRun
 from smelt.engine.tiles import DEFAULT_TILE, Scratch
 from smelt.errors import InputError, SmeltError, raise_all
-from smelt.planning.entries import Action, Input, Plan
+from smelt.planning.entries import Action, Entry, Input, Plan
 from smelt.storage.checkpoint import TensorSource
 from smelt.storage.signals import deferred, held
 
@@ -30,7 +31,7 @@ KEEP_BYTES = 96 << 20
 """Stored bytes that multi-pass tensors may keep in memory, all together."""
 
 WORTH_KERNELS = 64 << 20
-"""Input bytes from which on loading the compiled kernels (half a second) is repaid."""
+"""Input bytes of merged tensors from which on loading the compiled kernels (half a second) is repaid."""
 _OPEN = -1
 """In place of a task's number: open the tensor."""
 _COMPARE = 1 << 20
@@ -66,13 +67,14 @@ def run(
     tile: int | None = None,
     allow_nonfinite: bool = False,
     kernels: bool | None = None,
+    known: Mapping[str, Known] | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
     """Carry out a plan: read `sources` (one per model of the plan), write every tensor into `sink`.
 
     The result does not depend on `workers` (threads), `tile` (elements a method sees at once) or `kernels` (whether
-    compiled ones are used; None: if the merge is large enough to repay loading them). Raises the first error of any
-    worker; KeyboardInterrupt stops the workers and is passed on.
+    compiled ones are used; None: if the merge is large enough to repay loading them). Copied tensors that are in
+    `known` are moved unread. Raises the first error of any worker; KeyboardInterrupt stops them and is passed on.
     """
     settings = Settings(
         workers=workers or default_workers(),
@@ -80,12 +82,18 @@ def run(
         seed=plan.seed,
         keep_bytes=KEEP_BYTES,
         allow_nonfinite=allow_nonfinite,
-        kernels=_kernels() if kernels or (kernels is None and plan.input_bytes >= WORTH_KERNELS) else DEFINITIONS,
+        kernels=_kernels() if kernels or (kernels is None and worth_kernels(plan)) else DEFINITIONS,
     )
     started = time.perf_counter()
-    crew = _Crew(plan, sources, sink, settings)
+    crew = _Crew(plan, sources, sink, settings, known or {})
     crew.work(progress)
     return RunResult(tuple(crew.results()), time.perf_counter() - started, crew.read, crew.written)
+
+
+def worth_kernels(plan: Plan) -> bool:
+    """Whether a merge is large enough to repay loading the compiled kernels; copies have no use for them."""
+    merged = sum(entry.input_bytes for entry in plan.entries if entry.action is Action.MERGE)
+    return merged >= WORTH_KERNELS
 
 
 def _kernels() -> Kernels:
@@ -96,14 +104,22 @@ def _kernels() -> Kernels:
 class _Crew:
     """The workers and what they share: the heap of ready tasks, and how many of each open pass are left."""
 
-    def __init__(self, plan: Plan, sources: Sequence[TensorSource], sink: Sink, settings: Settings) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        sources: Sequence[TensorSource],
+        sink: Sink,
+        settings: Settings,
+        known: Mapping[str, Known],
+    ) -> None:
         self._plan = plan
+        self._known = known
         self._sources = sources
         self._sink = sink
         self._settings = settings
         self._budget = Budget(settings.keep_bytes)
         self._ready: list[tuple[int, int, int]] = []
-        self._open: dict[int, TensorRun] = {}
+        self._open: dict[int, TensorRun | CopyRun] = {}
         self._left: dict[int, int] = {}
         self._next = 0
         self._opening = 0
@@ -185,19 +201,18 @@ class _Crew:
     def _begin(self, index: int, scratch: Scratch) -> None:
         """Open a tensor and share its tasks out, or do all of it where it is small."""
         entry = self._plan.entries[index]
-        tensor = TensorRun(entry, self._sources, self._sink, settings=self._settings, budget=self._budget)
+        tensor = self._tensor(entry)
         read = written = 0
-        alone = tensor.geometry.tasks <= 1
         if entry.size:
             tensor.begin(scratch)
-        while alone and entry.size:
+        while tensor.alone and entry.size:
             more = [tensor.task(task, scratch) for task in range(tensor.tasks)]
             read, written = read + sum(r for r, _ in more), written + sum(w for _, w in more)
             if not tensor.end_pass(scratch):
                 break
         with self._changed:
             self._opening -= 1
-            if alone:
+            if tensor.alone:
                 self._count(read + tensor.bytes_sampled, written)
                 self._results[index] = tensor.result()
                 if not self._opening:
@@ -206,11 +221,17 @@ class _Crew:
                 self._open[index] = tensor
                 self._queue(index, tensor, 0)
 
+    def _tensor(self, entry: Entry) -> TensorRun | CopyRun:
+        if entry.action is Action.MERGE:
+            return TensorRun(entry, self._sources, self._sink, settings=self._settings, budget=self._budget)
+        known = self._known.get(entry.name)
+        return CopyRun(entry, self._sources, self._sink, settings=self._settings, known=known)
+
     def _count(self, read: int, written: int) -> None:
         self.read += read
         self.written += written
 
-    def _queue(self, index: int, tensor: TensorRun, number: int) -> None:
+    def _queue(self, index: int, tensor: TensorRun | CopyRun, number: int) -> None:
         """Make the tasks of the tensor's present pass ready; the lock is held."""
         self._left[index] = tensor.tasks
         self._expected += tensor.bytes_reread

@@ -25,12 +25,12 @@ from smelt.engine.reducing import Running, bind, startable
 from smelt.engine.rng import key
 from smelt.engine.tiles import Geometry, Scratch
 from smelt.errors import NumericError, RecipeError
-from smelt.methods import api
 from smelt.methods.api import Undefined
 from smelt.methods.loading import answerable, definition_of
 from smelt.methods.reducers import described
 from smelt.methods.selection import KthLargest
-from smelt.planning.entries import Action, Entry
+from smelt.planning.entries import Entry
+from smelt.specs import Grain
 from smelt.storage import digests
 from smelt.storage.checkpoint import TensorSource
 
@@ -85,7 +85,7 @@ class Stage(enum.Enum):
 
 
 class TensorRun:
-    """The work of one entry. `task` may be called from any thread; `begin` and `end_pass` by one."""
+    """The work of one entry that is merged. `task` may be called from any thread, `begin` and `end_pass` by one."""
 
     def __init__(
         self, entry: Entry, sources: Sequence[TensorSource], sink: Sink, *, settings: Settings, budget: Budget
@@ -96,24 +96,20 @@ class TensorRun:
         self._settings = settings
         self._memory = TensorMemory(budget)
         self._lock = threading.Lock()
-        self._results: dict[str, Any] = {}
         self._digests: dict[int, bytes] = {}
         self._inherited = self._created = 0
         self._kept: list[Any] | None = None
-        self._method: Any = None
-        if entry.action is Action.MERGE:
-            self._method = bind(entry)
-            self._results = dict.fromkeys(reduction.name for reduction in self._method.info.reductions)
-            self._streams = [key(settings.seed, entry.name, source.stream) for source in entry.inputs]
-        grain = self._method.grain if self._method else api.Grain.ELEMENT
-        self.geometry = Geometry.of(entry.shape, grain, tile=settings.tile)
+        self._method: Any = bind(entry)
+        self._results = dict.fromkeys(reduction.name for reduction in self._method.info.reductions)
+        self._streams = [key(settings.seed, entry.name, source.stream) for source in entry.inputs]
+        self.geometry = Geometry.of(entry.shape, self._method.grain, tile=settings.tile)
         self._inputs = [(sources[s.model], s.tensor, s.tensor.dtype, s.tensor.dtype.bits // 8) for s in entry.sources]
-        self._waiting = list(self._method.active()) if self._method else []
+        self._waiting = list(self._method.active())
         self._running: list[Running] = []
         self.bytes_sampled = 0
         self._first_pass = True
         self._multiple = bool(self._waiting)
-        self._tile_kernel = settings.kernels.functions.get((entry.method, "tile")) if self._method else None
+        self._tile_kernel = settings.kernels.functions.get((entry.method, "tile"))
         aligned = entry.dtype.nbytes(self.geometry.task * 8) % (8 * digests.BLOCK) == 0
         self._digest_inline = aligned or self.geometry.tasks == 1
         self._stage = Stage.WRITE
@@ -129,6 +125,11 @@ class TensorRun:
         again = not self._first_pass and self._kept is None and self._stage is not Stage.READ_BACK
         return self.entry.input_bytes if again else 0
 
+    @property
+    def alone(self) -> bool:
+        """Whether one worker does all of it."""
+        return self.geometry.tasks <= 1
+
     def begin(self, scratch: Scratch) -> None:
         """Prepare the first pass."""
         if self._multiple:
@@ -143,8 +144,6 @@ class TensorRun:
         start, stop = self.geometry.span(task)
         if self._stage is Stage.REDUCE:
             return self._reduce(start, stop, scratch), 0
-        if self._method is None:
-            return self._copy(start, stop, scratch)
         return self._write(start, stop, scratch)
 
     def end_pass(self, scratch: Scratch) -> bool:
@@ -174,7 +173,7 @@ class TensorRun:
     def _keep_inputs(self, scratch: Scratch) -> None:
         """Find room for all inputs: with one task in the worker's own buffers, otherwise within the common limit."""
         sizes = [source.tensor.nbytes for source in self.entry.sources]
-        if self.geometry.tasks == 1:
+        if self.alone:
             self._kept = [scratch.array(f"raw {i}", (size,), np.uint8) for i, size in enumerate(sizes)]
         elif (block := self._memory.take(sum(sizes))) is not None:
             self._kept = [block[low:high] for low, high in pairwise(accumulate(sizes, initial=0))]
@@ -189,7 +188,7 @@ class TensorRun:
                 self._guess(running, scratch)
             self._running.append(running)
         self._stage = Stage.REDUCE if self._running else Stage.WRITE
-        if self._stage is Stage.WRITE and self._method:
+        if self._stage is Stage.WRITE:
             self._derive()
 
     def _close_reductions(self) -> None:
@@ -204,7 +203,7 @@ class TensorRun:
         """Show the reducer a sample of the tensor: chunks at even distances."""
         chunks, length = _SAMPLE
         reduction = running.reduction
-        if self.geometry.size < _WORTH_SAMPLE or self.geometry.grain is not api.Grain.ELEMENT:
+        if self.geometry.size < _WORTH_SAMPLE or self.geometry.grain is not Grain.ELEMENT:
             return
         if "uniform" in reduction.arguments:  # a sample is not a range of the random stream
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import xxhash
@@ -17,6 +17,7 @@ from smelt.storage.layout import INDEX, Layout
 
 RECORD = "smelt.json"
 FORMAT = 1
+DIGEST = "XXH3-128 over the XXH3-128 digests of 1 MiB blocks"
 
 
 def file_digest(data: bytes) -> str:
@@ -35,12 +36,14 @@ def record(
     nonfinite: Mapping[str, int],
     companions: Mapping[str, str],
     method_files: Mapping[str, str],
+    trusted: Collection[str] = (),
 ) -> bytes:
     """The record as JSON.
 
     `inputs` gives each model's weight files, `hashes` the sha256 of a (model, file) where it is known, `tensors` the
     digest of each output tensor, `nonfinite` how many of its numbers are NaN or infinite, `companions` the sha256 of
-    each small file, `method_files` that of each method file which the recipe names.
+    each small file, `method_files` that of each method file which the recipe names. Digests and counts of tensors in
+    `trusted` were taken over from the record of the model that they were copied from.
     """
     tree = {
         "format": FORMAT,
@@ -67,7 +70,7 @@ def record(
         ],
         "donor": plan.models[plan.donor].published,
         "tokenizer": plan.tokenizer,
-        "digest": "XXH3-128 over the XXH3-128 digests of 1 MiB blocks",
+        "digest": DIGEST,
         "files": {
             **{
                 shard.file: {
@@ -84,6 +87,7 @@ def record(
             entry.name: {
                 "digest": tensors[entry.name],
                 "nonfinite": nonfinite.get(entry.name, 0),
+                **({"trusted": True} if entry.name in trusted else {}),
                 **{key: value for key, value in entry_json(entry, plan).items() if key in _KEPT},
             }
             for entry in plan.entries

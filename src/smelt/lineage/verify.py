@@ -49,13 +49,8 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
         done = 0
         for name, spec in checkpoint.tensors.items():
             if name in recorded and tensor_digest(checkpoint, name) != recorded[name]["digest"]:
-                problems.append(
-                    InputError(
-                        f"tensor '{name}' is not what was written",
-                        where=[f"{folder / spec.file}  bytes {spec.offset} to {spec.offset + spec.nbytes}"],
-                        fix="merge again, or fetch the file again",
-                    )
-                )
+                where = [f"{folder / spec.file}  bytes {spec.offset} to {spec.offset + spec.nbytes}"]
+                problems.append(_other_bytes(name, where, trusted=recorded[name].get("trusted") is True))
             done += spec.nbytes
             if progress is not None:
                 progress(done, total)
@@ -72,6 +67,18 @@ def tensor_digest(source: TensorSource, name: str) -> str:
         source.read_into(spec, start, start + len(piece), piece)
         blocks += digests.of_blocks(piece)
     return digests.joined(blocks)
+
+
+def _other_bytes(name: str, where: list[str], *, trusted: bool) -> InputError:
+    """The problem of a tensor whose digest is not the recorded one, which `trusted` says was never computed here."""
+    if not trusted:
+        fix = "merge again, or fetch the file again"
+        return InputError(f"tensor '{name}' is not what was written", where=where, fix=fix)
+    return InputError(
+        f"tensor '{name}' does not have the digest that --trust-digests took over",
+        where=where,
+        fix="check the model that it was copied from with `smelt verify`, and merge again without --trust-digests",
+    )
 
 
 def _read_record(checkpoint: TensorSource, folder: Path) -> dict[str, Any]:

@@ -125,6 +125,8 @@ class Method:
     """How many models it takes, the base not counted: at least, at most."""
     ignored: ClassVar[dict[str, str]] = {}
     """Parameters that MergeKit's recipes carry for this method and that have no effect, with the reason."""
+    copied_bits: ClassVar[int] = 64
+    """Elements of at most so many bits are copied where `copies` holds: 32 if arithmetic would round to float32."""
 
     def __init__(self, values: Mapping[str, Any], *, models: int) -> None:
         self.n = models

@@ -15,7 +15,8 @@ class Linear(Method):
 
     Use it for fine-tunes of one base: the average keeps most of what each has learned and costs least.
 
-    Note: a base_model gives config and tokenizer only; it is averaged in if it is listed among the models.
+    Note: a base_model gives config and tokenizer only; it is averaged in if it is listed among the models. A tensor of
+        one model alone is copied if its type stays (float64 is not: the arithmetic is of float32).
 
     Example:
         merge_method: linear
@@ -26,6 +27,8 @@ class Linear(Method):
             parameters: {weight: 0.4}
     """
 
+    copied_bits = 32
+
     weight: Array = per_model(required, doc="how much of each model goes in")
     normalize: bool = scalar(True, doc="divide the weights by their sum")
 
@@ -33,6 +36,9 @@ class Linear(Method):
         if self.normalize and abs(float(self.weight.sum())) < TINY:
             what = "the weights sum to 0, and normalize divides by their sum"
             raise ValueError(what, "set `normalize: false`, or give other weights")
+
+    def copies(self) -> bool:
+        return self.n == 1 and (self.normalize or bool((self.weight == 1.0).all()))
 
     @derive
     def coefficients(self) -> Array:

@@ -159,9 +159,12 @@ class _Builder:
                 )
         if self._checked[key] is not None:
             return None
-        if self._ask(entry, lambda method: method.copies()) and entry.inputs[0].tensor.dtype is entry.dtype:
+        if self._ask(entry, lambda method: method.copies()) and self._fits_copy(entry):
             return self._copy(slot, entry.inputs[0], "taken as it is", entry.values, entry.origins)
         return entry
+
+    def _fits_copy(self, entry: Entry) -> bool:
+        return entry.inputs[0].tensor.dtype is entry.dtype and entry.dtype.bits <= self.info.type.copied_bits
 
     def _ask(self, entry: Entry, question: Callable[[Any], Any]) -> Any:
         """Ask the method with this entry's settings. Its ValueErrors pass, other errors are told with their line."""

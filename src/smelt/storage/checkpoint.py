@@ -130,8 +130,11 @@ class Checkpoint:
         cannot read it, ValueError for a range or a buffer that does not fit.
         """
         check_range(spec, start, stop, buffer)
-        file = self._open.get(spec.file) or self._open_file(spec.file)
-        file.read_into(spec.offset + start, buffer)
+        self.file_of(spec).read_into(spec.offset + start, buffer)
+
+    def file_of(self, spec: TensorSpec) -> ReadFile:
+        """The open file that holds the tensor. Raises InputError when it was changed since its header was read."""
+        return self._open.get(spec.file) or self._open_file(spec.file)
 
     def _open_file(self, name: str) -> ReadFile:
         with self._lock:

@@ -5,7 +5,8 @@ and every refusal becomes a `StorageError` that says what was tried, on which pa
 missing or not a regular file is the caller's input and becomes an `InputError`.
 
 Reads and writes are positional (`pread`, `pwrite`), hence safe for many threads on one file. Where the platform lacks
-those calls (`PORTABLE`), seek and read or write under a lock per file stand in for them.
+those calls (`PORTABLE`), seek and read or write under a lock per file stand in for them. Copying
+within the system is in `storage.copying`, and goes through `system` too.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ PORTABLE = not (hasattr(os, "preadv") and hasattr(os, "pwrite"))
 
 _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _COPY_CHUNK = 8 << 20
+_AHEAD = 32 << 20
+"""Bytes behind a read that the system is told to fetch meanwhile: what served best on cold files (docs/log.md)."""
+_WORTH_HINT = 1 << 18
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 _NO_SPACE = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
@@ -103,17 +107,37 @@ def size_text(size: int) -> str:
 class ReadFile:
     """A regular file, open for positional reads from many threads. Close it when no read is under way."""
 
-    __slots__ = ("_descriptor", "_lock", "path", "size")
+    __slots__ = ("_descriptor", "_hinted", "_lock", "path", "size")
 
     def __init__(self, descriptor: int, path: Path, size: int) -> None:
         self._descriptor = descriptor
+        self._hinted = 0
         self._lock = threading.Lock()
         self.path = path
         self.size = size
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Fill the whole writable `buffer` from byte `offset`. Raises InputError if the file ends before that."""
+        self._hint(offset, len(flat(buffer)))
         _read_fully(self._descriptor, self.path, self._lock, offset, buffer)
+
+    def _hint(self, offset: int, size: int) -> None:
+        """Tell the system what will be read after a large read, since files are mostly read from front to back."""
+        if size < _WORTH_HINT or not hasattr(os, "posix_fadvise"):
+            return
+        with self._lock:
+            start = max(self._hinted, offset + size)
+            stop = min(offset + size + _AHEAD, self.size)
+            if stop - start < min(_AHEAD // 4, self.size - start) or start >= stop:
+                return
+            self._hinted = stop
+        with contextlib.suppress(StorageError):  # it is a hint
+            system("look ahead in", self.path, _look_ahead, self._descriptor, start, stop - start)
+
+    @property
+    def descriptor(self) -> int:
+        """The system's number for the open file, for calls that this module has no function for."""
+        return self._descriptor
 
     def stamp(self) -> Stamp:
         """What the open file is now: size, modification time, inode."""
@@ -202,6 +226,11 @@ class WriteFile:
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Read back what was written, filling the whole `buffer`."""
         _read_fully(self._descriptor, self.path, self._lock, offset, buffer)
+
+    @property
+    def descriptor(self) -> int:
+        """As `ReadFile.descriptor`."""
+        return self._descriptor
 
     def sync(self) -> None:
         """Return when the content is on the disk. After an error, what is on the disk is unknown: do not retry."""
@@ -447,6 +476,10 @@ def _read_some(descriptor: int, view: memoryview, offset: int, lock: threading.L
     with lock:
         os.lseek(descriptor, offset, os.SEEK_SET)
         return io.FileIO(descriptor, "rb", closefd=False).readinto(view) or 0
+
+
+def _look_ahead(descriptor: int, start: int, size: int) -> None:
+    os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_WILLNEED)
 
 
 def _write_some(descriptor: int, view: memoryview, offset: int, lock: threading.Lock) -> int:

@@ -23,7 +23,8 @@ from types import TracebackType
 
 from smelt.errors import SmeltError, StorageError
 from smelt.storage import files, paths
-from smelt.storage.files import Buffer, Lock, WriteFile, flat, size_text
+from smelt.storage.copying import copy_range
+from smelt.storage.files import Buffer, Lock, ReadFile, WriteFile, flat, size_text
 from smelt.storage.header import PREFIX
 from smelt.storage.layout import INDEX, Layout, OutputTensor, Shard, layout
 from smelt.storage.signals import held
@@ -57,7 +58,7 @@ class _Places:
 class Build:
     """An output under construction. Use as a context manager: it is abandoned unless committed.
 
-    `write` and `read_back` are safe from many threads; the other methods belong to one thread.
+    `write`, `take` and `read_back` are safe from many threads; the other methods belong to one thread.
     """
 
     def __init__(self, places: _Places, layout: Layout, *, overwrite: bool, lock: Lock, made: list[Path]) -> None:
@@ -118,14 +119,24 @@ class Build:
 
         Each byte is to be written once: `commit` counts them, and refuses a tensor that lacks some.
         """
-        file, offset, size = self._locate(name, start, data)
+        size = len(flat(data))
+        file, offset = self._locate(name, start, size)
         file.write_at(offset, data)
-        with self._counting:
-            self._written[name] = self._written.get(name, 0) + size
+        self._count(name, size)
+
+    def take(self, name: str, start: int, stop: int, *, source: ReadFile, offset: int) -> None:
+        """Write bytes [start, stop) of tensor `name`, copied within the system from byte `offset` of a file on.
+
+        Raises as `write` does, and InputError where the file ends too early.
+        """
+        file, place = self._locate(name, start, stop - start)
+        copy_range(source, offset, file, place, size=stop - start)
+        self._count(name, stop - start)
 
     def read_back(self, name: str, start: int, stop: int, buffer: Buffer) -> None:
         """Fill `buffer` with bytes [start, stop) of tensor `name`, as they were written."""
-        file, offset, size = self._locate(name, start, buffer)
+        size = len(flat(buffer))
+        file, offset = self._locate(name, start, size)
         if size != stop - start:
             raise ValueError(f"a buffer of {size} bytes for bytes [{start}, {stop}) of {name}")
         file.read_into(offset, buffer)
@@ -141,13 +152,16 @@ class Build:
         """Add a copy of a file; durable on return. Raises as `put` does."""
         files.copy_file(source, self._beside(file_name))
 
-    def _locate(self, name: str, start: int, data: Buffer) -> tuple[WriteFile, int, int]:
-        """The open file, the absolute offset and the number of bytes of a part of a tensor."""
+    def _count(self, name: str, size: int) -> None:
+        with self._counting:
+            self._written[name] = self._written.get(name, 0) + size
+
+    def _locate(self, name: str, start: int, size: int) -> tuple[WriteFile, int]:
+        """The open file and the absolute offset of `size` bytes of a tensor."""
         spec = self.layout.spec(name)
-        size = len(flat(data))
         if start < 0 or start + size > spec.nbytes:
             raise ValueError(f"bytes [{start}, {start + size}) are outside {spec}")
-        return self._open[spec.file], spec.offset + start, size
+        return self._open[spec.file], spec.offset + start
 
     def _beside(self, file_name: str) -> Path:
         taken = {INDEX, *self._open}

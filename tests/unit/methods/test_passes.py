@@ -86,4 +86,8 @@ def test_grains(name: str, values: dict[str, Any], grain: Grain) -> None:
 def test_bytes_are_copied_only_without_a_factor() -> None:
     assert method("passthrough").copies() is True
     assert method("passthrough", scale=0.5).copies() is False
-    assert method("linear", weight=1.0).copies() is False
+    linear = api.get("linear").type
+    assert linear({"weight": (0.3,), "normalize": True}, models=1).copies() is True
+    assert linear({"weight": (1.0,), "normalize": False}, models=1).copies() is True
+    assert linear({"weight": (0.3,), "normalize": False}, models=1).copies() is False
+    assert method("linear", weight=(1.0, 0.0)).copies() is False  # 0 · y may be NaN, and -0 + 0 is 0
