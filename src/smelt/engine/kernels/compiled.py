@@ -14,12 +14,12 @@ from numba.extending import intrinsic, overload
 JIT: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
 """Compile when first called, cache on disk, run without the interpreter lock. Never fastmath, never parallel."""
 
-RUN = 512
+RUN = 1024
 """Elements worked on at a time: what is made of them stays in the first cache."""
 COLUMNS = RUN // 8
-"""Bytes that hold one bit for each element of a run: bit k of byte i is that of element 64 k + i.
+"""Bytes that hold one bit for each element of a run: bit k of byte i is that of element COLUMNS · k + i.
 
-So eight rows of 64 comparisons make the bytes, side by side in vector registers.
+So eight rows of comparisons make the bytes, side by side in vector registers.
 """
 GRID = 1 << 24
 """Random numbers are whole multiples of 1 / GRID."""

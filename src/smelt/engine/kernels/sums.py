@@ -23,32 +23,29 @@ from smelt.methods.selection import Between, KthLargest
 
 @JIT
 def add_run(run: Any, count: int, lanes: Any) -> None:
-    """lanes[l] += run[l], run[l + 256] for the first `count` elements of a run, in this order."""
-    one, two = run[:LANES], run[LANES : 2 * LANES]
-    if count == RUN:
+    """lanes[l] += run[l], run[l + 256], ... for the first `count` elements of a run, in this order."""
+    whole = count // (2 * LANES) * (2 * LANES)
+    for first in range(0, whole, 2 * LANES):
+        one, two = run[first : first + LANES], run[first + LANES : first + 2 * LANES]
         for lane in range(LANES):
             lanes[lane] = (lanes[lane] + np.float64(one[lane])) + np.float64(two[lane])
-        return
-    for lane in range(min(count, LANES)):
-        lanes[lane] += np.float64(one[lane])
-    for lane in range(count - LANES):
-        lanes[lane] += np.float64(two[lane])
+    for j in range(whole, count):
+        lanes[j % LANES] += np.float64(run[j])
 
 
 @JIT
 def _multiply_run(x: Any, y: Any, count: int, lanes: Any) -> None:
     """As `add_run`, of x · y: exact products of float32 numbers."""
-    one, two, first, second = x[:LANES], x[LANES : 2 * LANES], y[:LANES], y[LANES : 2 * LANES]
-    if count == RUN:
+    whole = count // (2 * LANES) * (2 * LANES)
+    for first in range(0, whole, 2 * LANES):
+        one, two = x[first : first + LANES], x[first + LANES : first + 2 * LANES]
+        other, next_ = y[first : first + LANES], y[first + LANES : first + 2 * LANES]
         for lane in range(LANES):
-            near = np.float64(one[lane]) * np.float64(first[lane])
-            far = np.float64(two[lane]) * np.float64(second[lane])
+            near = np.float64(one[lane]) * np.float64(other[lane])
+            far = np.float64(two[lane]) * np.float64(next_[lane])
             lanes[lane] = (lanes[lane] + near) + far
-        return
-    for lane in range(min(count, LANES)):
-        lanes[lane] += np.float64(one[lane]) * np.float64(first[lane])
-    for lane in range(count - LANES):
-        lanes[lane] += np.float64(two[lane]) * np.float64(second[lane])
+    for j in range(whole, count):
+        lanes[j % LANES] += np.float64(x[j]) * np.float64(y[j])
 
 
 @JIT
