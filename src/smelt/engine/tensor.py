@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from smelt import dtypes
+from smelt.engine.backends import HOST, Backend
 from smelt.engine.given import Given
 from smelt.engine.kernels import DEFINITIONS, Kernels
 from smelt.engine.reducing import Running, bind, schedule
@@ -51,6 +52,7 @@ class Settings:
     keep_bytes: int
     allow_nonfinite: bool = False
     kernels: Kernels = DEFINITIONS
+    backend: Backend = HOST
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,9 @@ class Budget:
     every 4 KiB.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, empty: Callable[..., Any] = np.empty) -> None:
         self._limit = self._left = limit
+        self._empty = empty
         self._spare: dict[int, list[Any]] = {}
         self._lock = threading.Lock()
 
@@ -90,7 +93,7 @@ class Budget:
             if size > self._left:
                 return None
             self._left -= size
-        return np.empty(size, dtype=np.uint8)
+        return self._empty(size, dtype=np.uint8)
 
     def give(self, array: Any) -> None:
         """Take an array back."""
@@ -124,8 +127,10 @@ class TensorRun:
         self._kept: list[Any] | None = None
         self._block: Any = None
         self._method: Any = None
+        self._placed: Any = None
         if entry.action is Action.MERGE:
             self._method = bind(entry)
+            self._placed = settings.backend.method(self._method)
             self._results = dict.fromkeys(reduction.name for reduction in self._method.info.reductions)
         grain = self._method.grain if self._method else api.Grain.ELEMENT
         self.geometry = Geometry.of(entry.shape, grain, tile=settings.tile)
@@ -211,21 +216,26 @@ class TensorRun:
     def _derive(self) -> None:
         with np.errstate(all="ignore"):
             for derived in self._method.info.derived:
-                self._results[derived.name] = self._call(derived.function, derived.arguments, self._results)
+                self._results[derived.name] = self._call(
+                    derived.function, derived.arguments, self._results, method=self._method
+                )
 
-    def _call(self, function: Callable[..., Any], names: Sequence[str], given: Mapping[str, Any]) -> Any:
+    def _call(
+        self, function: Callable[..., Any], names: Sequence[str], given: Mapping[str, Any], *, method: Any
+    ) -> Any:
         """Call a function of the method; what it raises is told with the line of the method's file."""
         try:
             with answerable(self._method.info, at=f"at tensor '{self.entry.name}'"):
-                return function(self._method, *(given[name] for name in names))
+                return function(method, *(given[name] for name in names))
         except Undefined as error:
             raise self._undefined(str(error)) from error
 
     def _checked(self, values: Any, shape: tuple[int, ...]) -> Any:
         """A tile's result as a flat float32 array; it must have the shape of the tile."""
-        if not isinstance(values, np.ndarray) or values.dtype != np.float32 or values.shape != shape:
+        flat = self._settings.backend.flat(values, shape)
+        if flat is None:
             raise self._misused(type(self._method).tile, described(values), f"return an array, float32 {list(shape)}")
-        return np.ascontiguousarray(values).reshape(-1)
+        return flat
 
     def _misused(self, function: Callable[..., Any], got: str, rule: str) -> RecipeError:
         """A function of the method that gives something else than the contract asks for."""
@@ -258,7 +268,7 @@ class TensorRun:
         for source, data in zip(self.entry.sources, raw, strict=True):
             dtype = source.tensor.dtype
             stored.append((data[dtype.nbytes(low - task_start) : dtype.nbytes(high - task_start)], dtype))
-        return Given(
+        given: Given = self._settings.backend.given(
             stored,
             has_base=self.entry.base is not None,
             start=low,
@@ -269,6 +279,7 @@ class TensorRun:
             scratch=scratch,
             kernels=self._settings.kernels,
         )
+        return given
 
     def _reduce(self, number: int, start: int, stop: int, scratch: Scratch) -> int:
         raw, read = self._raw(number, start, stop, scratch)
@@ -279,9 +290,10 @@ class TensorRun:
             for low, high in self.geometry.tile_spans(start, stop) if left else ():
                 given = self._given(raw, start, low, high, scratch)
                 for running in left:
-                    values = self._call(running.reduction.function, running.reduction.arguments, given)
+                    reduction = running.reduction
+                    values = self._call(reduction.function, reduction.arguments, given, method=self._placed)
                     if problem := running.reducer.refuses(values, len(given.shape) + 1):
-                        raise self._misused(running.reduction.function, *problem)
+                        raise self._misused(reduction.function, *problem)
                     running.add(values, low, high, self.geometry, kernel=kernels.partials.get(type(running.reducer)))
         return read
 
@@ -310,7 +322,8 @@ class TensorRun:
             for low, high in self.geometry.tile_spans(start, stop) if values is None else ():
                 piece = out[entry.dtype.nbytes(low - start) : entry.dtype.nbytes(high - start)]
                 given = self._given(raw, start, low, high, scratch)
-                values = self._call(type(self._method).tile, self._method.info.tile_arguments, given)
+                arguments = self._method.info.tile_arguments
+                values = self._call(type(self._method).tile, arguments, given, method=self._placed)
                 self._settings.kernels.encode(self._checked(values, given.shape), entry.dtype, piece)
         if self._settings.kernels.any_nonfinite(out, entry.dtype):
             self._count_nonfinite(out, raw, start)

@@ -35,12 +35,14 @@ def record(
     nonfinite: Mapping[str, int],
     companions: Mapping[str, str],
     method_files: Mapping[str, str],
+    device: Mapping[str, str] | None = None,
 ) -> bytes:
     """The record as JSON.
 
     `inputs` gives each model's weight files, `hashes` the sha256 of a (model, file) where it is known, `tensors` the
     digest of each output tensor, `nonfinite` how many of its numbers are NaN or infinite, `companions` the sha256 of
-    each small file, `method_files` that of each method file which the recipe names.
+    each small file, `method_files` that of each method file which the recipe names, `device` what the numbers were
+    worked out on, if it was not the CPU.
     """
     tree = {
         "format": FORMAT,
@@ -48,6 +50,7 @@ def record(
         "recipe": {"digest": plan.recipe_digest, "text": recipe, "seed": plan.seed},
         "method": plan.method,
         "method_files": dict(method_files),
+        **({"device": dict(device)} if device is not None else {}),
         "inputs": [
             {
                 "model": model.published,

@@ -44,10 +44,15 @@ def _dimensions(values: Any) -> int:
     return values.ndim if hasattr(values, "ndim") and hasattr(values, "dtype") else -1
 
 
+def _type_name(values: Any) -> str:
+    """The element type of an array, in NumPy's words, whatever library it is of."""
+    return str(values.dtype).removeprefix("torch.")
+
+
 def described(values: Any) -> str:
     """What a value is, in words: `float32 [2, 9600]`, `a tuple of 3`, `None`."""
     if hasattr(values, "shape") and hasattr(values, "dtype"):
-        return f"{values.dtype} {list(values.shape)}"
+        return f"{_type_name(values)} {list(values.shape)}"
     if isinstance(values, tuple | list):
         return f"a {type(values).__name__} of {len(values)}"
     return "None" if values is None else f"a {type(values).__name__}"
@@ -189,7 +194,9 @@ def to_grid(share: Any) -> Any:
 
     Random numbers are multiples of 2⁻²⁴, so that `uniform < share` decides as it would with the share in float64.
     """
-    return (np.ceil(np.asarray(share, dtype=np.float64) * 2.0**24) * 2.0**-24).astype(np.float32)
+    share = share if _dimensions(share) >= 0 else np.asarray(share, dtype=np.float64)
+    xp = array_namespace(share)
+    return xp.astype(xp.ceil(xp.astype(share, xp.float64) * 2.0**24) * 2.0**-24, xp.float32)
 
 
 def band_shares(cut: Cut) -> Array:
@@ -197,11 +204,13 @@ def band_shares(cut: Cut) -> Array:
 
     Column 0 is the cut of the T largest, column 1 that of the T + K largest. T = 0 cuts nothing off: share 1.
     """
+    xp = array_namespace(cut.count)
     first, last = cut.count[:, :1], cut.count[:, 1:]
-    inside = np.minimum(cut.above + cut.equal, last) - np.maximum(cut.above, first)
-    shares = to_grid(inside / np.maximum(cut.equal, 1))
-    shares[:, :1] = np.where(first == 0, np.float32(1.0), shares[:, :1])
-    return shares
+    inside = xp.minimum(cut.above + cut.equal, last) - xp.maximum(cut.above, first)
+    equal = xp.where(cut.equal < 1, xp.ones_like(cut.equal), cut.equal)
+    shares = to_grid(xp.astype(inside, xp.float64) / xp.astype(equal, xp.float64))
+    upper = xp.where(first == 0, xp.ones_like(shares[:, :1]), shares[:, :1])
+    return xp.concat([upper, shares[:, 1:]], axis=1)
 
 
 class _RadixSelect:
@@ -237,10 +246,11 @@ class _RadixSelect:
         if not isinstance(values, tuple) or len(values) != 2:
             return described(values), fix
         magnitudes, counts = values
-        if _dimensions(magnitudes) != ndim or magnitudes.dtype != self._type:
+        if _dimensions(magnitudes) != ndim or _type_name(magnitudes) != self._type:
             return f"magnitudes that are {described(magnitudes)}", fix.replace("an array", f"a {self._type} array")
-        found = np.asarray(counts)
-        if found.dtype.kind not in "iu" or found.ndim not in (1, 2) or found.shape[0] != magnitudes.shape[0]:
+        found = counts if _dimensions(counts) >= 0 else np.asarray(counts)  # an array of a device stays where it is
+        whole = _type_name(found).startswith(("int", "uint"))
+        if not whole or found.ndim not in (1, 2) or found.shape[0] != magnitudes.shape[0]:
             return f"counts that are {described(counts)}", fix
         return None
 
@@ -265,6 +275,11 @@ class _RadixSelect:
                 lower = (inside >> digit) & row.dtype.type(_BUCKETS - 1)
                 found[prefix] = np.bincount(lower.astype(np.intp), minlength=_BUCKETS)
         return [found[prefix] for prefix in prefixes.tolist()]
+
+    @property
+    def round(self) -> int:
+        """How many rounds are done."""
+        return self._round
 
     def prefixes(self, rows: int) -> Any:
         """What the keys must begin with to be counted in this round, [rows, cuts]; no cuts in the first."""
