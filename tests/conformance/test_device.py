@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,14 @@ from conformance.test_invariance import SHAPES, busy_settings  # noqa: E402
 from smelt.engine.backends import choose  # noqa: E402
 from smelt.engine.backends.torch_numbers import DECODERS, ENCODERS, uniform  # noqa: E402
 from smelt.engine.backends.torch_reducers import Partials  # noqa: E402
+from smelt.engine.backends.torch_tiles import TorchBackend  # noqa: E402
 from smelt.engine.rng import key  # noqa: E402
 from smelt.engine.rng import uniform as uniform_on_cpu  # noqa: E402
 from smelt.errors import NumericError, RecipeError, SmeltError  # noqa: E402
 from smelt.methods import api  # noqa: E402
+from smelt.methods.della import prune_by_rank  # noqa: E402
 from smelt.methods.reducers import Gram, KthLargest, KthLargest64, Sum  # noqa: E402
+from smelt.methods.stages import drop  # noqa: E402
 from smelt.specs import Grain  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -320,3 +325,53 @@ def test_several_tensors_in_one_run() -> None:
     here = merge_tensors("ties", models, base, values=values, out=BF16)
     there = merge_tensors("ties", models, base, values=values, out=BF16, workers=3, backend=CPU)
     assert {name: one.result for name, one in here.items()} == {name: one.result for name, one in there.items()}
+
+
+def test_a_density_is_not_rounded() -> None:
+    """A number of no dimensions, beside float32 ones, would be rounded to float32 by torch, and then equal them."""
+    density = torch.full((1, 1, 1), 0.75 + 2.0**-30, dtype=torch.float64)
+    numbers, ones = torch.full((1, 4, 1), 0.75), torch.ones((1, 4, 1))
+    assert prune_by_rank(ones, density, torch.zeros_like(density), numbers).sum() == 4
+    assert drop(ones, density, numbers).sum() == 4
+
+
+class _Cuda(TorchBackend):
+    """A backend of a GPU whose tensors lie in memory: what is left of it are its streams."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cuda", 0), name="cuda")
+        self._pinned = False
+
+    def making(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def to_device(self, array: Any, *, wait: bool = False) -> Any:
+        return torch.from_numpy(array)
+
+
+def test_each_worker_has_a_stream_and_waits_for_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    running: dict[int, str] = {}
+    waited: list[str] = []
+
+    class Stream:
+        def __init__(self, device: Any = None) -> None:
+            self.name = f"stream {len(running)}"
+
+        def synchronize(self) -> None:
+            waited.append(running[threading.get_ident()])
+
+    @contextmanager
+    def entered(stream: Stream) -> Iterator[None]:
+        running[threading.get_ident()] = stream.name
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    models, base = tensors((40 * BLOCK,), np.random.default_rng(1), 2, [BF16])
+    options: dict[str, Any] = {"values": {"weight": (0.5, 0.7)}, "out": BF16, "workers": 2}
+    there = merge("task_arithmetic", models, base, **options, tile=8 * BLOCK, backend=_Cuda())
+    assert there.bits == merge("task_arithmetic", models, base, **options).bits
+    assert len(running) == 2
+    assert len(waited) == 5, "once for each tile's result"
+    assert set(waited) <= set(running.values())
