@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint sweep mutants bench clean
+.PHONY: demo test lint sweep mutants bench curves clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -23,8 +23,25 @@ sweep: $(VENV)/.test
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutation/mutants.py
 
-bench: $(VENV)/.test
-	$(BIN)/python benchmarks/merge.py
+# All tables of benchmarks/README.md; DISK=none leaves those on a disk out, which write up to 44 GB.
+SIZE ?= 1b
+ROUNDS ?= 5
+FOLDER ?= /dev/shm
+DISK ?= .
+PEER ?= $(shell command -v mergekit-yaml)
+MERGE = $(BIN)/python benchmarks/merge.py --size $(SIZE) --rounds $(ROUNDS) $(if $(PEER),--peer $(PEER),--no-peer)
+
+bench: $(VENV)/.bench
+	$(MERGE) --folder $(FOLDER)
+	$(BIN)/python benchmarks/startup.py --folder $(FOLDER)
+ifneq ($(DISK),none)
+	$(MERGE) --disk $(DISK) --no-peer
+	$(MERGE) --disk $(DISK) --no-peer --cold
+	$(MERGE) --disk $(DISK) --cold --size 7b --rounds 1
+endif
+
+curves: $(VENV)/.bench
+	$(BIN)/python benchmarks/sweep.py --folder $(FOLDER) --rounds $(ROUNDS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +52,10 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	touch $@
+
+$(VENV)/.bench: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	touch $@
 
 clean:

@@ -1,175 +1,216 @@
 """Time and memory of merges next to the I/O floor, and next to MergeKit where it is installed.
 
-usage: python benchmarks/merge.py [--size 1b] [--folder /dev/shm] [--rounds 3] [--only linear,ties]
-                                  [--peer /path/to/environment/bin/mergekit-yaml]
+usage: python benchmarks/merge.py [--size 1b] [--folder /dev/shm] [--rounds 5] [--only linear,ties,small]
+                                  [--peer /path/to/environment/bin/mergekit-yaml | --no-peer] [--peer-rounds 1]
+       python benchmarks/merge.py --disk FOLDER [--cold] [--size 7b] ...
 
-Makes synthetic checkpoints in a temporary folder (removed at the end; four models and an output: 11 GB for 1b), runs
-floor, smelt and the peer in turn, and prints the least time of each. The ratio to the floor is of the engine's time
-(inputs opened -> all tensors written); the ratio to the peer is of whole processes. Memory is the resident peak.
+Makes synthetic checkpoints in a temporary folder (removed at the end, after Ctrl-C too; for 1b three models and
+an output: 9 GB), runs floor, smelt and the peer in turn, and prints the least time of each. The ratio to the floor is
+of the engine's time (inputs opened -> all tensors written); the ratio to the peer is of whole processes. Memory is the
+resident peak. The row `small` is a linear merge of three models of 0.16 B, where starting up counts.
+
+With --disk the files lie in FOLDER, and a second line for each recipe tells what it takes until all is durable: the
+floor's fsync, and smelt's commit. With --cold the page cache forgets the inputs before each measurement.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
-import subprocess
-import sys
-import tempfile
-import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from floor import floor
-from synthetic import SIZES, make
+import recipes
+from floor import Floor, drop_from_cache, floor
+from measure import Process, in_memory, machine, measured, smelt_command, table_head, table_row, workplace
+from synthetic import SIZES, make, size_bytes
 
-import smelt
-
-RECIPES = {
-    "linear": """
-merge_method: linear
-models:
-  - {{model: {m}/base, parameters: {{weight: 0.4}}}}
-  - {{model: {m}/ft1, parameters: {{weight: 0.3}}}}
-  - {{model: {m}/ft2, parameters: {{weight: 0.3}}}}
-dtype: bfloat16
-""",
-    "slerp": """
-merge_method: slerp
-base_model: {m}/base
-models:
-  - model: {m}/base
-  - model: {m}/ft1
-parameters: {{t: 0.4}}
-dtype: bfloat16
-""",
-    "task_arithmetic": """
-merge_method: task_arithmetic
-base_model: {m}/base
-models:
-  - {{model: {m}/ft1, parameters: {{weight: 0.5}}}}
-  - {{model: {m}/ft2, parameters: {{weight: 0.5}}}}
-dtype: bfloat16
-""",
-    "dare_ties": """
-merge_method: dare_ties
-base_model: {m}/base
-models:
-  - {{model: {m}/ft1, parameters: {{weight: 0.5, density: 0.5}}}}
-  - {{model: {m}/ft2, parameters: {{weight: 0.5, density: 0.5}}}}
-dtype: bfloat16
-""",
-    "ties": """
-merge_method: ties
-base_model: {m}/base
-models:
-  - {{model: {m}/ft1, parameters: {{weight: 0.5, density: 0.5}}}}
-  - {{model: {m}/ft2, parameters: {{weight: 0.5, density: 0.5}}}}
-dtype: bfloat16
-""",
-    "model_stock": """
-merge_method: model_stock
-base_model: {m}/base
-models:
-  - model: {m}/ft1
-  - model: {m}/ft2
-dtype: bfloat16
-""",
-    "passthrough": """
-merge_method: passthrough
-models:
-  - model: {m}/base
-""",
-}
-INPUTS = {"slerp": ["base", "ft1"], "passthrough": ["base"]}
+SMALL = "small"
+AT_MOST = {"linear": 1.5, "slerp": 2.0, "dare_ties": 2.5, "ties": 3.0}
+"""engine / floor that a warm merge is to stay below."""
+AT_MOST_COLD = 1.2
+AT_LEAST = {"linear": 8, "slerp": 7, "dare_ties": 15, "ties": 35, SMALL: 5}
+"""Whole process of the peer / that of smelt, to reach on models of 1.1 B."""
+AT_LEAST_7B = 3
+NOTHING = "–"
 
 
-def measured(command: list[str]) -> tuple[float, float, str]:
-    """Wall seconds, resident peak in MB and standard output of a command. Raises if it fails."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-        started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=out, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        errors.seek(0)
-        if process.returncode:
-            raise RuntimeError(f"{command[0]} failed:\n{errors.read().decode()[-2000:]}")
-        out.seek(0)
-        return seconds, usage.ru_maxrss / 1024, out.read().decode()
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a row is measured."""
+
+    rounds: int
+    peer: str | None
+    peer_rounds: int
+    threads: int | None
+    disk: bool
+    cold: bool
+    size: str
+
+
+@dataclass(slots=True)
+class Row:
+    """What the rounds of one recipe gave."""
+
+    floors: list[Floor] = field(default_factory=list)
+    merges: list[Process] = field(default_factory=list)
+    reports: list[dict[str, float]] = field(default_factory=list)
+    peers: list[Process] = field(default_factory=list)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1b", choices=list(SIZES))
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default=",".join(RECIPES))
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="where the files of the warm table lie")
+    parser.add_argument("--disk", type=Path, default=None, metavar="FOLDER", help="measure on the disk of FOLDER")
+    parser.add_argument("--cold", action="store_true", help="with --disk: read the inputs from the disk each time")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default=None, help="rows to measure; for 7b slerp alone, otherwise all")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--peer", default=None, help="a mergekit-yaml program")
-    arguments = parser.parse_args()
-    names = arguments.only.split(",")
-    threads = [] if arguments.threads is None else ["--threads", str(arguments.threads)]
-    folder = Path(tempfile.mkdtemp(prefix="smelt-bench-", dir=arguments.folder))
-    try:
-        machine = f"Python {platform.python_version()}, {os.cpu_count()} cores"
-        print(f"smelt {smelt.__version__}, {machine}, {time.strftime('%Y-%m-%d')}")
-        models = make(arguments.size, folder, 3)
-        size = sum(path.stat().st_size for path in models[0].glob("*.safetensors"))
-        print(f"models of {size / 1e9:.2f} GB each in {folder.parent}; least of {arguments.rounds} rounds\n")
-        heads = (
-            "recipe",
-            "floor s",
-            "engine s",
-            "engine / floor",
-            "process s",
-            "MB",
-            "peer s",
-            "peer MB",
-            "peer / smelt",
-        )
-        print(f"| {' | '.join(heads)} |")
-        print("|---" * len(heads) + "|")
-        for name in names:
-            recipe = folder / f"{name}.yml"
-            recipe.write_text(RECIPES[name].format(m=folder))
-            print(row(name, recipe, folder, arguments.rounds, threads, arguments.peer), flush=True)
-    finally:
-        shutil.rmtree(folder)
+    parser.add_argument("--peer", default=shutil.which("mergekit-yaml"), help="a mergekit-yaml program")
+    parser.add_argument("--no-peer", dest="peer", action="store_const", const=None)
+    parser.add_argument("--peer-rounds", type=int, default=None, help="rounds of the peer, if fewer")
+    given = parser.parse_args()
+    rows = given.only.split(",") if given.only else ["slerp"] if given.size == "7b" else [*recipes.TABLE, SMALL]
+    if unknown := set(rows) - {*recipes.TABLE, SMALL}:
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; known are {', '.join([*recipes.TABLE, SMALL])}")
+    if given.cold and (given.disk is None or in_memory(given.disk)):
+        parser.error("--cold needs --disk FOLDER, and FOLDER must not be in memory: there is nothing to forget there")
+    options = Options(
+        rounds=given.rounds,
+        peer=given.peer,
+        peer_rounds=given.rounds if given.peer_rounds is None else given.peer_rounds,
+        threads=given.threads,
+        disk=given.disk is not None,
+        cold=given.cold,
+        size=given.size,
+    )
+    run(rows, options, given.disk or given.folder)
 
 
-def row(name: str, recipe: Path, folder: Path, rounds: int, threads: list[str], peer: str | None) -> str:
-    """One line of the table: floor, smelt and the peer in turn."""
+def run(rows: Sequence[str], options: Options, parent: Path) -> None:
+    """Make the models below `parent`, and print the table."""
+    small = "tiny" if options.size == "tiny" else "160m"
+    large = [name for name in rows if name != SMALL]
+    count = max((recipes.TABLE[name] for name in large), default=0)
+    one = size_bytes(options.size)
+    needed = (count + 1 if count else 0) * one + 4 * size_bytes(small)
+    with workplace(parent, needed=needed, memory=5 * one if options.peer else 0) as folder:
+        print(machine())
+        warm = make(small, folder / "small", 3)
+        for name in large:  # compiles and caches the kernels, which is done once on a machine
+            one_merge(recipes.write(name, warm[: recipes.TABLE[name]], folder), folder / "out", options)
+            shutil.rmtree(folder / "out")
+        models = make(options.size, folder, count) if count else []
+        state = "cold" if options.cold else "warm"
+        place = f"on disk, {state} page cache" if options.disk else "in memory"
+        if models:
+            print(f"models of {one / 1e9:.2f} GB each, {place}; least of {options.rounds} rounds")
+        print(f"\n{table_head(heads(options))}", flush=True)
+        for name in rows:
+            used = warm if name == SMALL else models[: recipes.TABLE[name]]
+            path = recipes.write("linear" if name == SMALL else name, used, folder)
+            for cells in lines(name, rounds(path, used, folder, options), options):
+                print(table_row(cells), flush=True)
+
+
+def rounds(recipe: Path, models: Sequence[Path], folder: Path, options: Options) -> Row:
+    """Floor, smelt and the peer in turn, as often as asked."""
+    row = Row()
     out = folder / "out"
-    floors, engines, wholes, memories, peers, peer_memories = [], [], [], [], [], []
-    inputs = [folder / one for one in INPUTS.get(name, ["base", "ft1", "ft2"])]
-    for _ in range(rounds):
-        floors.append(floor(folder / "floor.bin", inputs))
-        command = [sys.executable, "-m", "smelt", "merge", str(recipe), str(out), "--json", *threads]
-        seconds, memory, printed = measured(command)
-        wholes.append(seconds)
-        memories.append(memory)
-        engines.append(json.loads(printed)["engine_seconds"])
+    for number in range(options.rounds):
+        if options.cold:
+            drop_from_cache(models)
+        row.floors.append(floor(folder / "floor.bin", models, sync=options.disk))
+        if options.cold:
+            drop_from_cache(models)
+        process = one_merge(recipe, out, options)
+        row.merges.append(process)
+        row.reports.append(json.loads(process.printed))
         shutil.rmtree(out)
-        if peer is not None:
-            command = [peer, str(recipe), str(out), "--no-write-model-card", "--no-copy-tokenizer"]
-            seconds, memory, _ = measured(command)
-            peers.append(seconds)
-            peer_memories.append(memory)
+        if options.peer is not None and number < options.peer_rounds:
+            if options.cold:
+                drop_from_cache(models)
+            command = [options.peer, str(recipe), str(out), "--no-write-model-card", "--no-copy-tokenizer"]
+            row.peers.append(measured(command))
             shutil.rmtree(out)
-    cells = [
-        name,
-        f"{min(floors):.2f}",
-        f"{min(engines):.2f}",
-        f"{min(engines) / min(floors):.1f}",
-        f"{min(wholes):.2f}",
-        f"{max(memories):.0f}",
-        f"{min(peers):.1f}" if peers else "–",
-        f"{max(peer_memories):.0f}" if peers else "–",
-        f"{min(peers) / min(wholes):.1f} ×" if peers else "–",
+    return row
+
+
+def one_merge(recipe: Path, out: Path, options: Options) -> Process:
+    threads = [] if options.threads is None else ["--threads", str(options.threads)]
+    return measured(smelt_command("merge", recipe, out, "--json", *threads))
+
+
+def heads(options: Options) -> list[str]:
+    """The columns."""
+    from_disk = ["from disk GB: floor", "smelt"] if options.cold else []
+    return [
+        "recipe",
+        "read GB",
+        "written GB",
+        *from_disk,
+        "floor s",
+        "engine s",
+        "engine / floor",
+        "at most",
+        "process s",
+        "peak MB (at most 500)",
+        "peer s",
+        "peer MB",
+        "peer / smelt",
+        "at least",
     ]
-    return f"| {' | '.join(cells)} |"
+
+
+def lines(name: str, row: Row, options: Options) -> list[list[str]]:
+    """The line of a recipe, and on a disk a second one for what it takes to be durable."""
+    floor_seconds = min(one.seconds for one in row.floors)
+    engine = min(report["engine_seconds"] for report in row.reports)
+    whole = min(process.seconds for process in row.merges)
+    peer = min((process.seconds for process in row.peers), default=None)
+    at_most, at_least = limits(name, options)
+    from_disk = [f"{row.floors[0].disk_bytes / 1e9:.2f}", f"{row.merges[0].disk_bytes / 1e9:.2f}"]
+    first = [
+        name,
+        f"{row.reports[0]['bytes_read'] / 1e9:.2f}",
+        f"{row.reports[0]['bytes_written'] / 1e9:.2f}",
+        *(from_disk if options.cold else []),
+        f"{floor_seconds:.2f}",
+        f"{engine:.2f}",
+        f"{engine / floor_seconds:.2f}",
+        at_most,
+        f"{whole:.2f}",
+        f"{max(process.memory for process in row.merges):.0f}",
+        f"{peer:.1f}" if peer is not None else NOTHING,
+        f"{max(process.memory for process in row.peers):.0f}" if row.peers else NOTHING,
+        f"{peer / whole:.1f} ×" if peer is not None else NOTHING,
+        at_least,
+    ]
+    if not options.disk:
+        return [first]
+    sync = min(one.sync_seconds for one in row.floors)
+    commit = min(report["commit_seconds"] for report in row.reports)
+    ratio = f"{commit / sync:.2f}" if sync >= 0.01 else NOTHING
+    blank = [""] * (4 if options.cold else 2)
+    return [first, [f"{name}, fsync", *blank, f"{sync:.2f}", f"{commit:.2f}", ratio, *[""] * 7]]
+
+
+def limits(name: str, options: Options) -> tuple[str, str]:
+    """What engine / floor may be at most, and peer / smelt at least; only where a limit was set."""
+    large_enough = options.size in {"1b", "7b"}
+    at_most = AT_MOST_COLD if options.cold and name != SMALL else None if options.disk else AT_MOST.get(name)
+    at_least = AT_LEAST.get(name)
+    if options.size == "7b" and name != SMALL:
+        at_least = AT_LEAST_7B if name == "slerp" else None
+    elif options.disk:
+        at_least = None
+    return (
+        f"{at_most}" if at_most is not None and large_enough else NOTHING,
+        f"{at_least} ×" if at_least is not None and large_enough else NOTHING,
+    )
 
 
 if __name__ == "__main__":

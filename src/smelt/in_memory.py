@@ -118,11 +118,16 @@ def _number(value: Any, name: str) -> float:
 
 
 def _check_types(plan: Plan, kind: str) -> None:
-    """NumPy has no bfloat16 of its own. Raises InputError where the result would need the package that has it."""
-    needed = kind == "numpy" and any(entry.dtype.name == "bfloat16" for entry in plan.entries)
-    if needed and importlib.util.find_spec("ml_dtypes") is None:
+    """NumPy has neither bfloat16 nor float8. Raises InputError where the result needs the package that has them."""
+    foreign = next((entry.dtype for entry in plan.entries if _is_foreign(entry.dtype)), None)
+    if kind == "numpy" and foreign is not None and importlib.util.find_spec("ml_dtypes") is None:
         fix = "pip install ml_dtypes, give torch tensors, or ask for dtype='float32'"
-        raise InputError("NumPy arrays of bfloat16 need the package ml_dtypes", fix=fix)
+        raise InputError(f"NumPy arrays of {foreign} need the package ml_dtypes", fix=fix)
+
+
+def _is_foreign(dtype: DType) -> bool:
+    """Whether NumPy has the type from another package."""
+    return dtype.name == "bfloat16" or dtype.name.startswith("float8")
 
 
 def _model(name: str, state: Mapping[str, Any]) -> Model:
@@ -163,7 +168,7 @@ def _from_bytes(data: Bytes, dtype: DType, shape: tuple[int, ...], *, kind: str)
 
         target = getattr(torch, dtype.name)
         return torch.from_numpy(data).view(target).reshape(shape) if data.size else torch.empty(shape, dtype=target)
-    if dtype.name == "bfloat16" or dtype.name.startswith("float8"):
+    if _is_foreign(dtype):
         import ml_dtypes
 
         return data.view(np.dtype(getattr(ml_dtypes, dtype.name))).reshape(shape)

@@ -59,12 +59,14 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did. `seconds` is the whole call, `engine_seconds` the part that reads, works and writes tensors."""
+    """What a merge did. `seconds` is the whole call; of these, `engine_seconds` went into reading, working on and
+    writing tensors, and `commit_seconds` into making the output durable."""
 
     out: Path
     plan: Plan
     seconds: float
     engine_seconds: float
+    commit_seconds: float
     bytes_read: int
     bytes_written: int
     nonfinite: Mapping[str, int]
@@ -252,12 +254,15 @@ def merge(
             if strict and nonfinite:
                 raise NumericError(_strictly(1), where=_nonfinite_warnings(nonfinite), fix=_REPAIR)
             _write_papers(folder, prepared, done, papers, hashes, device=backend.described())
+            committing = time.perf_counter()
             folder.commit()
+            commit_seconds = time.perf_counter() - committing
     return MergeReport(
         out=out,
         plan=plan,
         seconds=time.perf_counter() - started,
         engine_seconds=done.seconds,
+        commit_seconds=commit_seconds,
         bytes_read=done.bytes_read,
         bytes_written=shards.total_bytes,
         nonfinite=nonfinite,

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -23,7 +24,7 @@ from conformance.draws import NAMES, TYPES, kinds, plain, settings, tensors  # n
 from conformance.driver import BF16, F16, F32, F64, Outcome, merge, merge_tensors, step  # noqa: E402
 from conformance.foreign import Foreign, ForeignBackend  # noqa: E402
 from conformance.test_invariance import SHAPES, busy_settings  # noqa: E402
-from smelt.engine.backends import choose  # noqa: E402
+from smelt.engine.backends import HOST, choose  # noqa: E402
 from smelt.engine.backends.torch_numbers import DECODERS, ENCODERS, uniform  # noqa: E402
 from smelt.engine.backends.torch_reducers import Partials  # noqa: E402
 from smelt.engine.backends.torch_tiles import TorchBackend  # noqa: E402
@@ -32,7 +33,8 @@ from smelt.engine.rng import uniform as uniform_on_cpu  # noqa: E402
 from smelt.errors import NumericError, RecipeError, SmeltError  # noqa: E402
 from smelt.methods import api  # noqa: E402
 from smelt.methods.della import prune_by_rank  # noqa: E402
-from smelt.methods.reducers import Gram, KthLargest, KthLargest64, Sum  # noqa: E402
+from smelt.methods.reducers import Gram, Sum  # noqa: E402
+from smelt.methods.selection import KthLargest, KthLargest64  # noqa: E402
 from smelt.methods.stages import drop  # noqa: E402
 from smelt.specs import Grain  # noqa: E402
 
@@ -185,6 +187,22 @@ def test_a_new_infinity_is_refused() -> None:
     models = [np.full(9, 60000, dtype=F16), np.full(9, 60000, dtype=F16)]
     with pytest.raises(NumericError, match="would get a NaN or infinity"):
         merge("linear", models, values={"weight": 1.0, "normalize": False}, out=F16, backend=CPU)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+def test_types_that_the_host_decodes(kind: str) -> None:
+    """Floats of 8 bits, in and out; numbers beyond their range are treated as on the CPU."""
+    out = np.dtype(getattr(ml_dtypes, kind))
+    models, base = tensors((300,), np.random.default_rng(1), 2, [out])
+    values = {"weight": (0.5, 0.7), "density": 0.5}
+    for backend in (CPU, ForeignBackend()):
+        there = merge("ties", models, base, values=values, out=out, backend=backend)
+        assert there.bits == merge("ties", models, base, values=values, out=out).bits
+        large = [np.full(9, 400.0, dtype=out), np.full(9, 400.0, dtype=out)]
+        settings = {"weight": 200.0, "normalize": False}
+        here, there = (ended("linear", large, None, values=settings, out=out, backend=b) for b in (HOST, backend))
+        assert here == there
+        assert isinstance(here, str)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 1), (1, 1), (1, 2), (3, 1000), (4, 999), (65536, 131071)])

@@ -521,15 +521,79 @@ def test_quantised_models_are_refused_by_name(folder: Path, method: str) -> None
     refused(folder, linear("m0", "packed"), code=INPUT, says=says)
 
 
-def test_fp8_without_a_word_in_the_config(folder: Path) -> None:
+def test_fp8_with_scales_and_without_a_word_in_the_config(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+
     def change(tensors: dict[str, Array]) -> None:
-        name = "model.layers.0.mlp.up_proj.weight"
         tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = np.ones((1, 1), np.float32)
 
     changed(folder, "a", change)
-    done = smelt("merge", recipe(folder / "recipe.yml", linear("a", "a")), folder / "out")
-    assert done.code == INPUT
-    assert "model a is quantised" in done.err
+    says = [
+        "model a is quantised (fp8)",
+        f"tensor {name} [12, 8] float8_e4m3fn",
+        "FineGrainedFP8Config(dequantize=True)",
+    ]
+    refused(folder, linear("a", "a"), code=INPUT, says=says)
+
+
+def test_plain_fp8_is_merged(folder: Path) -> None:
+    """Each half of the models with numbers of 8 bits: the means, rounded once."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    kept = {}
+    for place in ("a", "b"):
+
+        def change(tensors: dict[str, Array], place: str = place) -> None:
+            tensors[name] = kept[place] = (tensors[name] * (1 + len(kept))).astype(ml_dtypes.float8_e4m3fn)
+
+        changed(folder, place, change)
+    accepted(folder, linear("a", "b"))
+    mean = (kept["a"].astype(np.float32) + kept["b"].astype(np.float32)) / 2
+    out = factory.stored(folder / "out")
+    assert out[name].dtype == ml_dtypes.float8_e4m3fn
+    assert np.array_equal(out[name], mean.astype(ml_dtypes.float8_e4m3fn))
+    assert out["model.norm.weight"].dtype == np.float32
+    accepted(folder, linear("m0", "m1", dtype="float8_e5m2"), out="out2")
+    assert {value.dtype.name for value in factory.stored(folder / "out2").values()} == {"float8_e5m2"}
+    assert json.loads((folder / "out2" / "config.json").read_text())["torch_dtype"] == "float8_e5m2"
+    assert smelt("verify", folder / "out2").code == 0
+
+
+def test_fp8_with_scales_is_read_as_weights(folder: Path) -> None:
+    """The scales are multiplied in, and neither they nor their word in the config are in the output."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    scales = np.array([[0.5, 0.25], [2.0, 0.125]], np.float32)
+
+    def change(tensors: dict[str, Array]) -> None:
+        tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+
+    setting = {"quant_method": "fp8", "weight_block_size": [8, 5]}
+    changed(folder, "a", change, quantization_config=setting)
+    whole = np.repeat(np.repeat(scales, 8, 0), 5, 1)[:12, :8]
+    a = factory.stored(folder / "a")[name].astype(np.float32) * whole
+    b = factory.stored(folder / "m0")[name]
+    done = accepted(folder, linear("a", "m0"), "-v")
+    assert "note: 1 tensor of a: float8_e4m3fn times the scales of 8 × 5 blocks, read as float32" in done.err
+    out = factory.stored(folder / "out")
+    assert np.array_equal(out[name], ((a.astype(np.float64) + b) / 2).astype(np.float32))
+    assert f"{name}_scale_inv" not in out
+    assert json.loads((folder / "out" / "config.json").read_text()) == config(torch_dtype="float32")
+    accepted(folder, {"merge_method": "passthrough", "models": [{"model": "a"}]}, out="out2")
+    assert np.array_equal(factory.stored(folder / "out2")[name], a)
+    accepted(folder, linear("a", "m0", dtype="bfloat16"), out="out3")
+    assert factory.stored(folder / "out3")[name].dtype == ml_dtypes.bfloat16
+    assert smelt("verify", folder / "out3").code == 0
+    scales[:] = 1
+    changed(folder, "b", change, quantization_config={**setting, "weight_block_size": [8, 8]})
+    says = ["model b is quantised (fp8)", "config.json  quantization_config", "dequantise it first"]
+    refused(folder, linear("m0", "b", allow=["extra_tensor"]), code=INPUT, says=says, out="out4")
+
+
+def test_a_number_that_fp8_cannot_hold(folder: Path) -> None:
+    tree = linear("m0", "m1", parameters={"weight": 1e4, "normalize": False}, out_dtype="float8_e4m3fn")
+    says = ["would get a NaN or a number beyond ±448", "written as float8_e4m3fn", "--allow nonfinite"]
+    refused(folder, tree, code=NUMERIC, says=says)
 
 
 def test_mixed_types_are_noted(folder: Path) -> None:

@@ -37,7 +37,7 @@ def _load_generator() -> ModuleType:
 
 generate = _load_generator()
 OWN = [*sorted(DOCS.rglob("*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
-PAGES = [*OWN, ROOT / "README.md", ROOT / "examples" / "README.md"]
+PAGES = [*OWN, *(ROOT / folder / "README.md" for folder in (".", "examples", "benchmarks"))]
 CONSOLE = [name for name in generate.WRITTEN if "```console" in (DOCS / name).read_text(encoding="utf-8")]
 IN_HEADINGS = re.compile(r"[^\w\- ]")
 

@@ -233,7 +233,8 @@ ONE = {"w": np.ones(3, np.float32)}
         ([ONE, {"w": np.arange(3)}], {}, InputError, "types that cannot be merged"),
         ([ONE, {3: ONE["w"]}], {}, InputError, "a tensor's name is text, not 3"),
         ([{"n": np.arange(3)}, {"n": np.arange(1, 4)}], {}, InputError, "int64 numbers that differ"),
-        ([{"w": np.ones(3).astype(ml_dtypes.float8_e4m3fn)}], {}, InputError, "quantised"),
+        ([{"w": ONE["w"].astype(ml_dtypes.float8_e4m3fn), "w_scale": ONE["w"]}], {}, InputError, "quantised (scaled)"),
+        ([{"w": np.zeros(4).astype(ml_dtypes.float8_e8m0fnu)}], {}, InputError, "quantised (float8_e8m0fnu)"),
         ([{"w": np.ones(3, np.complex64)}] * 2, {}, None, ""),
     ],
 )
@@ -247,6 +248,28 @@ def test_errors(models: list[Any], settings: dict[str, Any], kind: type[SmeltErr
         smelt.merge_state_dicts(models, **given)
     assert says in str(caught.value)
     assert "defect" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_floats_of_8_bits(name: str) -> None:
+    """Without a scale they are plain numbers, in NumPy and in torch."""
+    kind = np.dtype(getattr(ml_dtypes, name))
+    one, two = (np.float32(values).astype(kind) for values in ([1, -2, 0.25], [3, 2, 0.75]))
+    assert merged({"w": one}, {"w": two})["w"].dtype == kind
+    assert merged({"w": one}, {"w": two})["w"].astype(np.float32).tolist() == [2, 0, 0.5]
+    target = getattr(torch, name)
+    tensors = [{"w": torch.tensor(values.astype(np.float32)).to(target)} for values in (one, two)]
+    done = merged(*tensors)["w"]
+    assert done.dtype == target
+    assert done.float().tolist() == [2, 0, 0.5]
+
+
+def test_a_word_for_floats_of_8_bits() -> None:
+    done = merged({"w": np.float32([1, 2])}, {"w": np.float32([3, 500])}, dtype="float8_e4m3fn")["w"]
+    assert done.dtype == ml_dtypes.float8_e4m3fn
+    assert done.astype(np.float32).tolist() == [2, 256]
+    with pytest.raises(NumericError, match="or a number beyond ±448"):
+        merged({"w": np.float32([1000])}, {"w": np.float32([1000])}, dtype="float8_e4m3fn")
 
 
 def test_a_new_infinity() -> None:

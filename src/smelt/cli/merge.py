@@ -130,6 +130,7 @@ def _as_json(done: MergeReport) -> dict[str, object]:
         "bytes_written": done.bytes_written,
         "seconds": round(done.seconds, 3),
         "engine_seconds": round(done.engine_seconds, 3),
+        "commit_seconds": round(done.commit_seconds, 3),
         "nonfinite": dict(done.nonfinite),
         "notes": list(done.plan.notes),
         "warnings": list(done.warnings),

@@ -5,14 +5,27 @@ So a function that asks for `deltas` alone costs no `x`, and a kernel that works
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from smelt.dtypes import DType
 from smelt.engine.kernels import Kernels
 from smelt.engine.tiles import Geometry, Scratch
+
+
+class Memory(Protocol):
+    """What a tensor remembers for kernels from tile to tile."""
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once for the tensor's tiles of this pass."""
+
+    def keep(self, name: str, shape: tuple[int, ...]) -> Any:
+        """An uint8 array that lasts to the tensor's end, the same for all its tiles; None where memory is short."""
+
+    def kept(self, name: str) -> Any:
+        """What `keep` has given for this name; None if it was never asked for."""
 
 
 class Given(Mapping[str, Any]):
@@ -34,6 +47,7 @@ class Given(Mapping[str, Any]):
         results: Mapping[str, Any],
         scratch: Scratch,
         kernels: Kernels,
+        memory: Memory,
     ) -> None:
         self.stored = stored
         self.has_base = has_base
@@ -41,6 +55,8 @@ class Given(Mapping[str, Any]):
         self.count = count
         self.streams = streams
         self.scratch = scratch
+        self.size = geometry.size
+        self.once, self.keep, self.kept = memory.once, memory.keep, memory.kept
         self._geometry = geometry
         self._results = results
         self._kernels = kernels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from smelt.engine.tiles import Geometry
@@ -15,10 +15,9 @@ from smelt.planning.entries import Entry
 class Running:
     """A reduction in progress: partial results wait here until their turn comes."""
 
-    def __init__(self, reduction: api.Reduction, reducer: Any, start: int) -> None:
+    def __init__(self, reduction: api.Reduction, reducer: Any) -> None:
         self.reduction = reduction
         self.reducer = reducer
-        self.start = start
         self._lock = threading.Lock()
         self.reset()
 
@@ -40,6 +39,14 @@ class Running:
             else:
                 part = partials[place]
             self.fold(part, block=block)
+
+    def take(self, partials: Any, block: int) -> None:
+        """Take a kernel's partial results: one for each block from number `block` on where they are ordered."""
+        if not self.reducer.ordered:
+            self.fold(partials)
+            return
+        for number, partial in enumerate(partials, block):
+            self.fold(partial, block=number)
 
     def fold(self, partial: Any, *, block: int | None = None) -> None:
         """Take a partial result: of a block in its turn, or of any part where the order does not matter."""
@@ -72,6 +79,12 @@ def bind(entry: Entry) -> Any:
         if method.grain is api.Grain.TENSOR:
             method.shape_fields(1 + len(entry.shape))
     return method
+
+
+def startable(waiting: Sequence[api.Reduction], running: Collection[str]) -> list[api.Reduction]:
+    """Those of the waiting reductions that need no result of one that waits or runs."""
+    missing = {reduction.name for reduction in waiting}.union(running)
+    return [reduction for reduction in waiting if missing.isdisjoint(reduction.arguments)]
 
 
 def schedule(reductions: Sequence[api.Reduction]) -> list[tuple[int, api.Reduction]]:

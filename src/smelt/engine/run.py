@@ -1,7 +1,8 @@
 """The loop: for tensor, for pass, for task.
 
-Workers take the earliest task there is; where none is ready, the next tensor of the plan is opened. So big tensors are
-worked on by all, small ones each by one, and only a few are open at a time.
+Workers take the earliest task there is; where none is ready, one opens the next tensor of the plan. A tensor of a
+single task stays with its worker through all its passes. So big tensors are worked on by all, small ones each by one,
+and only a few are open at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 
 from smelt.engine.backends import HOST, Backend, default_tile, default_workers
 from smelt.engine.kernels import DEFINITIONS, Kernels, fused
-from smelt.engine.tensor import Budget, Settings, Sink, TensorResult, TensorRun
+from smelt.engine.memory import Budget
+from smelt.engine.tensor import Settings, Sink, TensorResult, TensorRun
 from smelt.engine.tiles import Scratch
 from smelt.errors import InputError, SmeltError, raise_all
 from smelt.planning.entries import Action, Input, Plan
@@ -29,6 +31,8 @@ KEEP_BYTES = 96 << 20
 
 WORTH_KERNELS = 64 << 20
 """Input bytes from which on loading the compiled kernels (half a second) is repaid."""
+_OPEN = -1
+"""In place of a task's number: open the tensor."""
 _COMPARE = 1 << 20
 """Bytes compared at a time."""
 
@@ -101,6 +105,7 @@ class _Crew:
         self._open: dict[int, TensorRun] = {}
         self._left: dict[int, int] = {}
         self._next = 0
+        self._opening = 0
         self._results: list[TensorResult | None] = [None] * len(plan.entries)
         self._changed = threading.Condition()
         self._failures: dict[int, BaseException] = {}
@@ -143,8 +148,11 @@ class _Crew:
             with self._settings.backend.working():
                 while (taken := self._take()) is not None:
                     index, number, task = taken
-                    read, written = self._open[index].task(number, task, scratch)
-                    self._done(index, number, read, written)
+                    if task == _OPEN:
+                        self._begin(index, scratch)
+                        continue
+                    read, written = self._open[index].task(task, scratch)
+                    self._done(index, number, read, written, scratch)
         except BaseException as error:
             with self._changed:
                 self._fail(index, error)
@@ -166,47 +174,63 @@ class _Crew:
                 if self._ready:
                     return heapq.heappop(self._ready)
                 if self._next < len(self._plan.entries):
-                    try:
-                        self._begin(self._next)
-                    except Exception as error:
-                        self._fail(self._next, error)
-                        return None
                     self._next += 1
-                elif self._open:
-                    self._changed.wait()
-                else:
+                    self._opening += 1
+                    return self._next - 1, 0, _OPEN
+                if not self._open and not self._opening:
                     return None
+                self._changed.wait()
             return None
 
-    def _begin(self, index: int) -> None:
+    def _begin(self, index: int, scratch: Scratch) -> None:
+        """Open a tensor and share its tasks out, or do all of it where it is small."""
         entry = self._plan.entries[index]
         tensor = TensorRun(entry, self._sources, self._sink, settings=self._settings, budget=self._budget)
-        if entry.size == 0:
-            self._results[index] = tensor.result()
-            return
-        self._open[index] = tensor
-        self._expected += tensor.bytes_reread
-        self._queue(index, tensor, 0)
+        read = written = 0
+        alone = tensor.geometry.tasks <= 1
+        if entry.size:
+            tensor.begin(scratch)
+        while alone and entry.size:
+            more = [tensor.task(task, scratch) for task in range(tensor.tasks)]
+            read, written = read + sum(r for r, _ in more), written + sum(w for _, w in more)
+            if not tensor.end_pass(scratch):
+                break
+        with self._changed:
+            self._opening -= 1
+            if alone:
+                self._count(read + tensor.bytes_sampled, written)
+                self._results[index] = tensor.result()
+                if not self._opening:
+                    self._changed.notify_all()
+            else:
+                self._open[index] = tensor
+                self._queue(index, tensor, 0)
+
+    def _count(self, read: int, written: int) -> None:
+        self.read += read
+        self.written += written
 
     def _queue(self, index: int, tensor: TensorRun, number: int) -> None:
-        self._left[index] = tensor.tasks(number)
-        for task in range(tensor.tasks(number)):
+        """Make the tasks of the tensor's present pass ready; the lock is held."""
+        self._left[index] = tensor.tasks
+        self._expected += tensor.bytes_reread
+        for task in range(tensor.tasks):
             heapq.heappush(self._ready, (index, number, task))
         self._changed.notify_all()
 
-    def _done(self, index: int, number: int, read: int, written: int) -> None:
+    def _done(self, index: int, number: int, read: int, written: int, scratch: Scratch) -> None:
         with self._changed:
-            self.read += read
-            self.written += written
+            self._count(read, written)
             self._left[index] -= 1
             if self._left[index]:
                 return
             tensor = self._open[index]
-        tensor.end_pass(number)
+        again = tensor.end_pass(scratch)
         with self._changed:
-            if number + 1 < tensor.passes:
+            if again:
                 self._queue(index, tensor, number + 1)
             else:
+                self.read += tensor.bytes_sampled
                 self._results[index] = tensor.result()
                 del self._open[index], self._left[index]
                 self._changed.notify_all()

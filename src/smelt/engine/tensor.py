@@ -1,11 +1,13 @@
 """One output tensor on its way: its passes in order, its reductions, its tiles.
 
-A tensor's passes run one after the other; within a pass its tasks are independent of each other. Whoever finishes the
-last task of a pass ends the pass. Results of reductions are folded in the order of the blocks.
+A tensor's passes run one after the other: those of its reductions, the one that writes, and where tasks are not whole
+digest blocks one that reads back. Within a pass its tasks are independent of each other. Whoever finishes the last task
+of a pass ends the pass. Results of reductions are folded in the order of the blocks.
 """
 
 from __future__ import annotations
 
+import enum
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from smelt import dtypes
+from smelt.dtypes import DType
 from smelt.engine.backends import HOST, Backend
 from smelt.engine.given import Given
 from smelt.engine.kernels import DEFINITIONS, Kernels
-from smelt.engine.reducing import Running, bind, schedule
+from smelt.engine.memory import Budget, TensorMemory
+from smelt.engine.reducing import Running, bind, startable
 from smelt.engine.rng import key
 from smelt.engine.tiles import Geometry, Scratch
 from smelt.errors import NumericError, RecipeError
@@ -26,10 +30,16 @@ from smelt.methods import api
 from smelt.methods.api import Undefined
 from smelt.methods.loading import answerable, definition_of
 from smelt.methods.reducers import described
+from smelt.methods.selection import KthLargest
 from smelt.planning.entries import Action, Entry
 from smelt.storage import digests
 from smelt.storage.checkpoint import TensorSource
 
+_SAMPLE = (16, 1024)
+"""Chunks of a sample, and elements of each."""
+_WORTH_SAMPLE = 1 << 20
+"""Elements of a tensor from which on a sample is taken."""
+_NOWHERE = np.zeros(0, dtype=np.intp)
 _READ_BACK = 8 * digests.BLOCK
 """Bytes that are read back at a time for digests."""
 
@@ -68,49 +78,16 @@ class TensorResult:
     created: int = 0
 
 
-class Budget:
-    """Memory that tensors may keep between their passes, `limit` bytes in all.
+class Stage(enum.Enum):
+    """What the tasks of the present pass do."""
 
-    What is given back is kept for the next tensor of that size: layers repeat, and fresh memory costs a page fault for
-    every 4 KiB.
-    """
-
-    def __init__(self, limit: int, empty: Callable[..., Any] = np.empty) -> None:
-        self._limit = self._left = limit
-        self._empty = empty
-        self._spare: dict[int, list[Any]] = {}
-        self._lock = threading.Lock()
-
-    def take(self, size: int) -> Any:
-        """An uninitialised array of `size` bytes, or None where the limit does not allow it."""
-        with self._lock:
-            if self._spare.get(size):
-                return self._spare[size].pop()
-            if size > self._limit:
-                return None
-            while size > self._left and self._drop_largest():
-                pass
-            if size > self._left:
-                return None
-            self._left -= size
-        return self._empty(size, dtype=np.uint8)
-
-    def give(self, array: Any) -> None:
-        """Take an array back."""
-        with self._lock:
-            self._spare.setdefault(array.size, []).append(array)
-
-    def _drop_largest(self) -> bool:
-        sizes = [size for size, arrays in self._spare.items() if arrays]
-        if not sizes:
-            return False
-        self._spare[max(sizes)].pop()
-        self._left += max(sizes)
-        return True
+    REDUCE = enum.auto()
+    WRITE = enum.auto()
+    READ_BACK = enum.auto()
 
 
 class TensorRun:
-    """The work of one entry. `task(pass, number)` may be called from any thread; `end_pass` by one."""
+    """The work of one entry. `task` may be called from any thread; `begin` and `end_pass` by one."""
 
     def __init__(
         self, entry: Entry, sources: Sequence[TensorSource], sink: Sink, *, settings: Settings, budget: Budget
@@ -119,99 +96,137 @@ class TensorRun:
         self._sources = sources
         self._sink = sink
         self._settings = settings
-        self._budget = budget
+        self._memory = TensorMemory(budget)
         self._lock = threading.Lock()
         self._results: dict[str, Any] = {}
         self._digests: dict[int, bytes] = {}
         self._inherited = self._created = 0
         self._kept: list[Any] | None = None
-        self._block: Any = None
         self._method: Any = None
         self._placed: Any = None
         if entry.action is Action.MERGE:
             self._method = bind(entry)
             self._placed = settings.backend.method(self._method)
             self._results = dict.fromkeys(reduction.name for reduction in self._method.info.reductions)
+            self._streams = [key(settings.seed, entry.name, source.stream) for source in entry.inputs]
         grain = self._method.grain if self._method else api.Grain.ELEMENT
         self.geometry = Geometry.of(entry.shape, grain, tile=settings.tile)
-        self._reductions = schedule(self._method.active()) if self._method else []
+        self._inputs = [(sources[s.model], s.tensor, s.tensor.dtype, s.tensor.dtype.bits // 8) for s in entry.sources]
+        self._waiting = list(self._method.active()) if self._method else []
         self._running: list[Running] = []
-        self._reduction_passes = max((start + r.reducer.rounds for start, r in self._reductions), default=0)
+        self.bytes_sampled = 0
+        self._first_pass = True
+        self._multiple = bool(self._waiting)
+        self._tile_kernel = settings.kernels.functions.get((entry.method, "tile")) if self._method else None
         aligned = entry.dtype.nbytes(self.geometry.task * 8) % (8 * digests.BLOCK) == 0
         self._digest_inline = aligned or self.geometry.tasks == 1
-        self.passes = self._reduction_passes + 1 + (0 if self._digest_inline else 1)
-        if self._method:
-            self._streams = [key(settings.seed, entry.name, source.stream) for source in entry.inputs]
-        if self._reduction_passes:
-            self._keep_inputs()
-        self._begin_pass(0)
+        self._stage = Stage.WRITE
 
-    def tasks(self, number: int) -> int:
-        """How many tasks pass `number` has."""
-        if number > self._reduction_passes:
-            return -(-self.entry.nbytes // _READ_BACK)
-        return self.geometry.tasks
+    @property
+    def tasks(self) -> int:
+        """How many tasks the present pass has."""
+        return -(-self.entry.nbytes // _READ_BACK) if self._stage is Stage.READ_BACK else self.geometry.tasks
 
     @property
     def bytes_reread(self) -> int:
-        """What its later passes read again, because the input is not kept."""
-        return 0 if self._kept is not None else self._reduction_passes * self.entry.input_bytes
+        """What the present pass reads once more, because the input is not kept."""
+        again = not self._first_pass and self._kept is None and self._stage is not Stage.READ_BACK
+        return self.entry.input_bytes if again else 0
 
-    def task(self, number: int, task: int, scratch: Scratch) -> tuple[int, int]:
-        """Do one task of a pass; gives the bytes read and the bytes written."""
-        if number > self._reduction_passes:
+    def begin(self, scratch: Scratch) -> None:
+        """Prepare the first pass."""
+        if self._multiple:
+            self._keep_inputs(scratch)
+        self._begin_pass(scratch)
+
+    def task(self, task: int, scratch: Scratch) -> tuple[int, int]:
+        """Do one task of the present pass; gives the bytes read and the bytes written."""
+        if self._stage is Stage.READ_BACK:
             self._digest_written(task, scratch)
             return 0, 0
         start, stop = self.geometry.span(task)
-        if number < self._reduction_passes:
-            return self._reduce(number, start, stop, scratch), 0
+        if self._stage is Stage.REDUCE:
+            return self._reduce(start, stop, scratch), 0
         if self._method is None:
             return self._copy(start, stop, scratch)
         return self._write(start, stop, scratch)
 
-    def end_pass(self, number: int) -> None:
-        """Close the reductions that end with this pass and open those that begin with the next."""
-        with np.errstate(all="ignore"):
-            for running in self._running:
-                running.reducer.close(running.total())
-                if number + 1 == running.start + running.reducer.rounds:
-                    self._results[running.reduction.name] = running.reducer.finish()
-        if number + 1 < self._reduction_passes:
-            self._begin_pass(number + 1)
-        elif number + 1 == self._reduction_passes:
-            self._derive()
-        elif number + 1 == self.passes:
-            self._release()
+    def end_pass(self, scratch: Scratch) -> bool:
+        """End the present pass and prepare the next; False when there is none."""
+        self._first_pass = False
+        if self._stage is Stage.REDUCE:
+            self._close_reductions()
+            self._begin_pass(scratch)
+            return True
+        if self._stage is Stage.WRITE and not self._digest_inline:
+            self._stage = Stage.READ_BACK
+            return True
+        self.abandon()
+        return False
 
     def abandon(self) -> None:
-        self._release()
+        """Give back what is kept."""
+        self._kept = None
+        self._memory.release()
 
     def result(self) -> TensorResult:
         blocks = [self._digests[block] for block in sorted(self._digests)]
         return TensorResult(self.entry.name, digests.joined(blocks), self._inherited, self._created)
 
-    def _keep_inputs(self) -> None:
-        self._block = self._budget.take(self.entry.input_bytes)
-        if self._block is not None:
-            ends = list(accumulate(source.tensor.nbytes for source in self.entry.sources))
-            self._kept = [self._block[low:high] for low, high in pairwise([0, *ends])]
+    # --- passes -------------------------------------------------------------------------------------------------
 
-    def _release(self) -> None:
-        if self._kept is not None:
-            self._kept = None
-            self._budget.give(self._block)
+    def _keep_inputs(self, scratch: Scratch) -> None:
+        """Find room for all inputs: with one task in the worker's own buffers, otherwise within the common limit."""
+        sizes = [source.tensor.nbytes for source in self.entry.sources]
+        if self.geometry.tasks == 1:
+            self._kept = [scratch.array(f"raw {i}", (size,), np.uint8) for i, size in enumerate(sizes)]
+        elif (block := self._memory.take(sum(sizes))) is not None:
+            self._kept = [block[low:high] for low, high in pairwise(accumulate(sizes, initial=0))]
 
-    def _begin_pass(self, number: int) -> None:
-        going = [r for r in self._running if number < r.start + r.reducer.rounds]
-        for running in going:
+    def _begin_pass(self, scratch: Scratch) -> None:
+        for running in self._running:
             running.reset()
-        for start, reduction in self._reductions:
-            if start == number:
-                reducer = reduction.reducer(scope=reduction.scope, size=self.geometry.size)
-                going.append(Running(reduction, reducer, start))
-        self._running = going
-        if not self._reduction_passes and self._method:
+        for reduction in startable(self._waiting, {running.reduction.name for running in self._running}):
+            self._waiting.remove(reduction)
+            running = Running(reduction, reduction.reducer(scope=reduction.scope, size=self.geometry.size))
+            if isinstance(running.reducer, KthLargest):
+                self._guess(running, scratch)
+            self._running.append(running)
+        self._stage = Stage.REDUCE if self._running else Stage.WRITE
+        if self._stage is Stage.WRITE and self._method:
             self._derive()
+
+    def _close_reductions(self) -> None:
+        with np.errstate(all="ignore"):
+            for running in self._running:
+                running.reducer.close(running.total())
+                if running.reducer.done:
+                    self._results[running.reduction.name] = running.reducer.finish()
+        self._running = [running for running in self._running if not running.reducer.done]
+
+    def _guess(self, running: Running, scratch: Scratch) -> None:
+        """Show the reducer a sample of the tensor: chunks at even distances."""
+        chunks, length = _SAMPLE
+        reduction = running.reduction
+        if self.geometry.size < _WORTH_SAMPLE or self.geometry.grain is not api.Grain.ELEMENT:
+            return
+        if self._settings.backend.kernels is not None:  # a device counts digits: it has no pass around a guess
+            return
+        if "uniform" in reduction.arguments:  # a sample is not a range of the random stream
+            return
+        stored = []
+        for i, (source, tensor, dtype, size) in enumerate(self._inputs):
+            buffer = scratch.array(f"sample {i}", (chunks * length * size,), np.uint8)
+            for chunk in range(chunks):
+                low = (self.geometry.size - length) * chunk // (chunks - 1) * size
+                part = buffer[chunk * length * size : (chunk + 1) * length * size]
+                source.read_into(tensor, low, low + length * size, part)
+            self.bytes_sampled += len(buffer)
+            stored.append((buffer, dtype))
+        given = self._tile_given(stored, 0, chunks * length, scratch)
+        with np.errstate(all="ignore"):
+            numbers, counts = self._call(reduction.function, reduction.arguments, given, method=self._method)
+            running.reducer.guess((np.asarray(numbers).reshape(-1, chunks, length), counts))
 
     def _derive(self) -> None:
         with np.errstate(all="ignore"):
@@ -245,29 +260,26 @@ class TensorRun:
             fix="correct the method",
         )
 
-    def _raw(self, number: int, start: int, stop: int, scratch: Scratch) -> tuple[list[Any], int]:
-        """The stored bytes of elements [start, stop) of every source, and how many bytes were read for it."""
-        raw: list[Any] = []
-        read = 0
-        for i, source in enumerate(self.entry.sources):
-            dtype = source.tensor.dtype
-            low, high = dtype.nbytes(start), dtype.nbytes(stop)
-            if self._kept is None:
-                buffer = scratch.array(f"raw {i}", (high - low,), np.uint8)
-            else:
-                buffer = self._kept[i][low:high]
-            if self._kept is None or number == 0:
-                self._sources[source.model].read_into(source.tensor, low, high, memoryview(buffer))
-                read += high - low
-            raw.append(buffer)
-        return raw, read
+    # --- tiles --------------------------------------------------------------------------------------------------
 
-    def _given(self, raw: Sequence[Any], task_start: int, low: int, high: int, scratch: Scratch) -> Given:
+    def _read(self, low: int, high: int, scratch: Scratch) -> tuple[list[tuple[Any, DType]], int]:
+        """The stored bytes of elements [low, high) of every source, and how many bytes were read for it."""
+        stored: list[tuple[Any, DType]] = []
+        read = 0
+        for i, (source, tensor, dtype, size) in enumerate(self._inputs):
+            first, last = low * size, high * size
+            if self._kept is None:
+                buffer = scratch.array(f"raw {i}", (last - first,), np.uint8)
+            else:
+                buffer = self._kept[i][first:last]
+            if self._kept is None or self._first_pass:
+                source.read_into(tensor, first, last, buffer)
+                read += last - first
+            stored.append((buffer, dtype))
+        return stored, read
+
+    def _tile_given(self, stored: Sequence[tuple[Any, DType]], low: int, high: int, scratch: Scratch) -> Given:
         """What the method's functions are given for elements [low, high) of the tensor."""
-        stored = []
-        for source, data in zip(self.entry.sources, raw, strict=True):
-            dtype = source.tensor.dtype
-            stored.append((data[dtype.nbytes(low - task_start) : dtype.nbytes(high - task_start)], dtype))
         given: Given = self._settings.backend.given(
             stored,
             has_base=self.entry.base is not None,
@@ -278,18 +290,19 @@ class TensorRun:
             results=self._results,
             scratch=scratch,
             kernels=self._settings.kernels,
+            memory=self._memory,
         )
         return given
 
-    def _reduce(self, number: int, start: int, stop: int, scratch: Scratch) -> int:
-        raw, read = self._raw(number, start, stop, scratch)
+    def _reduce(self, start: int, stop: int, scratch: Scratch) -> int:
         kernels = self._settings.kernels
+        read = 0
         with np.errstate(all="ignore"):
-            whole = self._given(raw, start, start, stop, scratch)
-            left = [running for running in self._running if not self._reduce_by_kernel(running, whole)]
-            for low, high in self.geometry.tile_spans(start, stop) if left else ():
-                given = self._given(raw, start, low, high, scratch)
-                for running in left:
+            for low, high in self.geometry.tile_spans(start, stop):
+                stored, more = self._read(low, high, scratch)
+                read += more
+                given = self._tile_given(stored, low, high, scratch)
+                for running in self._left_by_kernels(given):
                     reduction = running.reduction
                     values = self._call(reduction.function, reduction.arguments, given, method=self._placed)
                     if problem := running.reducer.refuses(values, len(given.shape) + 1):
@@ -297,56 +310,90 @@ class TensorRun:
                     running.add(values, low, high, self.geometry, kernel=kernels.partials.get(type(running.reducer)))
         return read
 
-    def _reduce_by_kernel(self, running: Running, given: Given) -> bool:
-        """Let a kernel make the partial results of a task from the stored bytes; False where there is none."""
-        kernel = self._settings.kernels.functions.get((self.entry.method, running.reduction.name))
-        partials = kernel(self._method, given, running.reducer) if kernel is not None else None
-        if partials is None:
-            return False
-        if running.reducer.ordered:
-            for place, partial in enumerate(partials, given.start // self.geometry.block):
-                running.fold(partial, block=place)
-        else:
-            running.fold(partials)
-        return True
+    def _left_by_kernels(self, given: Given) -> list[Running]:
+        """Let kernels make partial results from the stored bytes; gives the reductions that have none."""
+        functions = self._settings.kernels.functions
+        names = tuple([running.reduction.name for running in self._running])
+        if len(names) > 1 and (kernel := functions.get((self.entry.method, *names))) is not None:
+            partials = kernel(self._method, given, *(running.reducer for running in self._running))
+            if partials is not None:
+                for running, part in zip(self._running, partials, strict=True):
+                    running.take(part, given.start // self.geometry.block)
+                return []
+        left = []
+        for running in self._running:
+            kernel = functions.get((self.entry.method, running.reduction.name))
+            partials = kernel(self._method, given, running.reducer) if kernel is not None else None
+            if partials is None:
+                left.append(running)
+            else:
+                running.take(partials, given.start // self.geometry.block)
+        return left
 
     def _write(self, start: int, stop: int, scratch: Scratch) -> tuple[int, int]:
         entry = self.entry
-        raw, read = self._raw(self._reduction_passes, start, stop, scratch)
-        out = scratch.array("out", (entry.dtype.nbytes(stop - start),), np.uint8)
-        kernel = self._settings.kernels.functions.get((entry.method, "tile"))
+        size = entry.dtype.bits // 8
+        out = scratch.array("out", ((stop - start) * size,), np.uint8)
+        read = 0
         with np.errstate(all="ignore"):
-            values = kernel(self._method, self._given(raw, start, start, stop, scratch)) if kernel is not None else None
-            if values is not None:
-                self._settings.kernels.encode(values, entry.dtype, out)
-            for low, high in self.geometry.tile_spans(start, stop) if values is None else ():
-                piece = out[entry.dtype.nbytes(low - start) : entry.dtype.nbytes(high - start)]
-                given = self._given(raw, start, low, high, scratch)
-                arguments = self._method.info.tile_arguments
-                values = self._call(type(self._method).tile, arguments, given, method=self._placed)
-                self._settings.kernels.encode(self._checked(values, given.shape), entry.dtype, piece)
-        if self._settings.kernels.any_nonfinite(out, entry.dtype):
-            self._count_nonfinite(out, raw, start)
-        self._sink.write(entry.name, entry.dtype.nbytes(start), memoryview(out))
-        self._digest(entry.dtype.nbytes(start), out)
+            for low, high in self.geometry.tile_spans(start, stop):
+                stored, more = self._read(low, high, scratch)
+                read += more
+                piece = out[(low - start) * size : (high - start) * size]
+                cut = self._tile(self._tile_given(stored, low, high, scratch), piece)
+                if cut is not None:
+                    self._count_nonfinite(piece, stored, low, cut)
+        self._sink.write(entry.name, start * size, out)
+        self._digest(start * size, out)
         return read, len(out)
 
-    def _copy(self, start: int, stop: int, scratch: Scratch) -> tuple[int, int]:
-        raw, read = self._raw(0, start, stop, scratch)
-        dtype = self.entry.dtype
-        self._sink.write(self.entry.name, dtype.nbytes(start), memoryview(raw[0]))
-        self._digest(dtype.nbytes(start), raw[0])
-        if dtype.floating:
-            with self._lock:
-                self._inherited += int(np.count_nonzero(dtypes.nonfinite(raw[0], dtype)))
-        return read, len(raw[0])
+    def _tile(self, given: Given, out: Any) -> Any:
+        """Write the stored bytes of one tile of the result to `out`.
 
-    def _count_nonfinite(self, out: Any, raw: Sequence[Any], start: int) -> None:
-        """Count the NaNs and infinities of a task's output; new ones fail the merge unless they are allowed."""
+        Gives None where all its numbers are finite; else the places (there may be none) where the type cut a value.
+        """
+        kernels, dtype = self._settings.kernels, self.entry.dtype
+        if self._tile_kernel is not None:
+            kind = kernels.elements.get(dtype.code)
+            values = given.scratch.array("values", (given.count,), np.float32) if kind is None else out.view(kind)
+            found = self._tile_kernel(self._method, given, values)
+            if found is not None:
+                return self._encode(values, out) if kind is None else _NOWHERE if found else None
+        arguments = self._method.info.tile_arguments
+        values = self._call(type(self._method).tile, arguments, given, method=self._placed)
+        return self._encode(self._checked(values, given.shape), out)
+
+    def _encode(self, values: Any, out: Any) -> Any:
+        """Encode the numbers of a tile; gives what `_tile` does."""
+        kernels, dtype = self._settings.kernels, self.entry.dtype
+        kernels.encode(values, dtype, out)
+        cut = dtypes.saturated(self._settings.backend.to_host(values) if dtype.saturates else values, dtype)
+        return cut if cut.size or kernels.any_nonfinite(out, dtype) else None
+
+    def _copy(self, start: int, stop: int, scratch: Scratch) -> tuple[int, int]:
+        dtype = self.entry.dtype
+        source = self.entry.sources[0]
+        low, high = dtype.nbytes(start), dtype.nbytes(stop)
+        data = scratch.array("out", (high - low,), np.uint8)
+        self._sources[source.model].read_into(source.tensor, low, high, data)
+        self._sink.write(self.entry.name, low, data)
+        self._digest(low, data)
+        if dtype.floating and self._settings.kernels.any_nonfinite(data, dtype):
+            with self._lock:
+                self._inherited += int(np.count_nonzero(dtypes.nonfinite(data, dtype)))
+        return high - low, high - low
+
+    def _count_nonfinite(self, out: Any, stored: Sequence[tuple[Any, DType]], start: int, cut: Any) -> None:
+        """Count the NaNs and infinities of a tile's output; new ones fail the merge unless they are allowed.
+
+        So do numbers that the output's type had to cut to its range (their places are `cut`): in another type each of
+        them would be an infinity.
+        """
         bad = dtypes.nonfinite(out, self.entry.dtype)
+        bad[cut] = True
         theirs = np.zeros(len(bad), dtype=bool)
-        for source, stored in zip(self.entry.sources, raw, strict=True):
-            theirs |= dtypes.nonfinite(stored, source.tensor.dtype)
+        for data, dtype in stored:
+            theirs |= dtypes.nonfinite(data, dtype)
         created = bad & ~theirs
         with self._lock:
             self._inherited += int(np.count_nonzero(bad & theirs))
@@ -357,8 +404,9 @@ class TensorRun:
     def _new_nonfinite(self, element: int) -> NumericError:
         entry = self.entry
         place = np.unravel_index(element, entry.shape) if entry.shape else ()
+        beyond = f" or a number beyond ±{entry.dtype.finite_max:g}" if entry.dtype.saturates else " or infinity"
         return NumericError(
-            f"tensor '{entry.name}' would get a NaN or infinity where every model has a number",
+            f"tensor '{entry.name}' would get a NaN{beyond} where every model has a number",
             where=[
                 f"first at index {[int(i) for i in place]}, method {entry.method}, written as {entry.dtype}",
                 *(f"{self._sources[source.model].name}  {source.tensor}" for source in entry.sources),

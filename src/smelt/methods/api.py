@@ -30,7 +30,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 
 from smelt.methods.fields import Field, per_model, required, scalar
-from smelt.methods.reducers import Gram, KthLargest, Sum
+from smelt.methods.reducers import Gram, Sum
+from smelt.methods.selection import KthLargest
 from smelt.specs import Grain
 
 __all__ = [
@@ -194,7 +195,7 @@ def _arguments(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 _REGISTRY: dict[str, MethodInfo] = {}
-_INFRASTRUCTURE = {"api", "fields", "loading", "reducers", "stages"}
+_INFRASTRUCTURE = {"api", "fields", "loading", "reducers", "selection", "stages"}
 
 M = TypeVar("M", bound=Method)
 

@@ -7,7 +7,7 @@ import math
 from array_api_compat import array_namespace
 
 from smelt.methods.api import Array, Grain, Method, derive, reduce, register
-from smelt.methods.reducers import Cut, KthLargest64
+from smelt.methods.selection import Cut, KthLargest64
 from smelt.methods.stages import add_to_base
 
 _SMOOTHING = 1e-8

@@ -1,4 +1,6 @@
-"""Passes over a tensor that must finish before its last one: sums, Gram matrices, the k-th largest magnitude.
+"""Passes over a tensor that must finish before its last one: sums and Gram matrices.
+
+The k-th largest magnitude is in `selection`.
 
 A reducer turns blocks of values into partial results (`partial`), folds these (`fold`) and ends with what the method
 is given (`finish`). Blocks are always the same elements, and ordered reducers are folded in the order of the blocks,
@@ -9,24 +11,23 @@ the uncut tensor, against which it is tested.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
 from array_api_compat import array_namespace
 
 Array = Any
 
-_BUCKETS = 1 << 16
-_SIGN = np.uint64(1 << 63)
-
 
 class Reducer(Protocol):
-    """One reduction of one tensor: `rounds` passes of partial → fold, each ended by `close`; then `finish`."""
+    """One reduction of one tensor: `rounds` passes of partial → fold, each ended by `close`, until `done`; `finish`."""
 
     rounds: ClassVar[int]
     ordered: ClassVar[bool]
     """True: partials are taken block by block and folded in block order. False: any cut and order gives the same."""
+
+    @property
+    def done(self) -> bool:
+        """Whether enough rounds are closed for `finish`."""
 
     def refuses(self, values: Any, ndim: int) -> tuple[str, str] | None:
         """For a tile of `ndim` dimensions: what a reduction gave, and what it should give; None if it is well."""
@@ -40,11 +41,11 @@ class Reducer(Protocol):
     def finish(self) -> Any: ...
 
 
-def _dimensions(values: Any) -> int:
+def dimensions(values: Any) -> int:
     return values.ndim if hasattr(values, "ndim") and hasattr(values, "dtype") else -1
 
 
-def _type_name(values: Any) -> str:
+def type_name(values: Any) -> str:
     """The element type of an array, in NumPy's words, whatever library it is of."""
     return str(values.dtype).removeprefix("torch.")
 
@@ -52,7 +53,7 @@ def _type_name(values: Any) -> str:
 def described(values: Any) -> str:
     """What a value is, in words: `float32 [2, 9600]`, `a tuple of 3`, `None`."""
     if hasattr(values, "shape") and hasattr(values, "dtype"):
-        return f"{_type_name(values)} {list(values.shape)}"
+        return f"{type_name(values)} {list(values.shape)}"
     if isinstance(values, tuple | list):
         return f"a {type(values).__name__} of {len(values)}"
     return "None" if values is None else f"a {type(values).__name__}"
@@ -87,8 +88,12 @@ class Sum:
         self.by_lanes = scope != "column"
         self._total: Any = None
 
+    @property
+    def done(self) -> bool:
+        return self._total is not None
+
     def refuses(self, values: Any, ndim: int) -> tuple[str, str] | None:
-        if _dimensions(values) == ndim:
+        if dimensions(values) == ndim:
             return None
         return described(values), f"give Sum one array of {ndim} dimensions, [n, ...] as the tile's"
 
@@ -139,12 +144,16 @@ class Gram:
         self.by_lanes = scope != "column"
         self._total: Any = None
 
+    @property
+    def done(self) -> bool:
+        return self._total is not None
+
     def refuses(self, values: Any, ndim: int) -> tuple[str, str] | None:
         fix = f"give Gram an array [k, ...] of {ndim} dimensions, or a tuple of k arrays"
         if isinstance(values, tuple):
-            wrong = [part for part in values if _dimensions(part) != ndim - 1]
+            wrong = [part for part in values if dimensions(part) != ndim - 1]
             return (f"a tuple with {described(wrong[0])}", fix) if wrong or not values else None
-        return None if _dimensions(values) == ndim else (described(values), fix)
+        return None if dimensions(values) == ndim else (described(values), fix)
 
     def partial(self, values: Sequence[Array]) -> Array:
         if not self.by_lanes:
@@ -171,203 +180,3 @@ class Gram:
     def whole(values: Sequence[Array]) -> Array:
         """The definition: k arrays [N] -> [k, k]."""
         return gram(values, axis=None)
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """Where the K-th largest lies: keep what is above `value`, and of what equals it the `share`.
-
-    All [n, k], for k counts asked of each of n rows: `value` in the type of the numbers, `share` float32 = (K − G)/E
-    (rounded by `to_grid`), and int64 `count` = K, `above` = G entries strictly larger than the value, `equal` = E
-    entries equal to it. K = 0 gives value = inf, share = 0, G = E = 0.
-    """
-
-    value: Array
-    share: Array
-    count: Array
-    above: Array
-    equal: Array
-
-
-def to_grid(share: Any) -> Any:
-    """The share rounded up to a multiple of 2⁻²⁴, exact in float32.
-
-    Random numbers are multiples of 2⁻²⁴, so that `uniform < share` decides as it would with the share in float64.
-    """
-    share = share if _dimensions(share) >= 0 else np.asarray(share, dtype=np.float64)
-    xp = array_namespace(share)
-    return xp.astype(xp.ceil(xp.astype(share, xp.float64) * 2.0**24) * 2.0**-24, xp.float32)
-
-
-def band_shares(cut: Cut) -> Array:
-    """Of the entries equal to each of two cuts, the share with a rank between them, float32 [n, 2].
-
-    Column 0 is the cut of the T largest, column 1 that of the T + K largest. T = 0 cuts nothing off: share 1.
-    """
-    xp = array_namespace(cut.count)
-    first, last = cut.count[:, :1], cut.count[:, 1:]
-    inside = xp.minimum(cut.above + cut.equal, last) - xp.maximum(cut.above, first)
-    equal = xp.where(cut.equal < 1, xp.ones_like(cut.equal), cut.equal)
-    shares = to_grid(xp.astype(inside, xp.float64) / xp.astype(equal, xp.float64))
-    upper = xp.where(first == 0, xp.ones_like(shares[:, :1]), shares[:, :1])
-    return xp.concat([upper, shares[:, 1:]], axis=1)
-
-
-class _RadixSelect:
-    """The K-th largest number of each row, exactly, without sorting: a histogram of 16 bits of the keys in each round.
-
-    Keys are unsigned integers in the order of the numbers. A round narrows each cut to the bucket that holds it; the
-    next one looks only at that bucket's entries. Counts are integers: no order matters. Input: (numbers [n, ...],
-    counts [n] or [n, k]); result: `Cut`.
-    """
-
-    rounds: ClassVar[int]
-    ordered: ClassVar[bool] = False
-    _type: ClassVar[str]
-
-    def __init__(self, *, scope: str, size: int) -> None:
-        self._size = size
-        self._round = 0
-        self._counts: Any = None
-        self._prefix: Any = None
-        self._above: Any = None
-        self._equal: Any = None
-
-    @staticmethod
-    def _keys(numbers: Any) -> Any:
-        raise NotImplementedError
-
-    @staticmethod
-    def _numbers(keys: Any) -> Any:
-        raise NotImplementedError
-
-    def refuses(self, values: Any, ndim: int) -> tuple[str, str] | None:
-        fix = f"return (magnitudes, counts): an array of {ndim} dimensions, and whole numbers [n] or [n, k]"
-        if not isinstance(values, tuple) or len(values) != 2:
-            return described(values), fix
-        magnitudes, counts = values
-        if _dimensions(magnitudes) != ndim or _type_name(magnitudes) != self._type:
-            return f"magnitudes that are {described(magnitudes)}", fix.replace("an array", f"a {self._type} array")
-        found = counts if _dimensions(counts) >= 0 else np.asarray(counts)  # an array of a device stays where it is
-        whole = _type_name(found).startswith(("int", "uint"))
-        if not whole or found.ndim not in (1, 2) or found.shape[0] != magnitudes.shape[0]:
-            return f"counts that are {described(counts)}", fix
-        return None
-
-    def partial(self, values: tuple[Array, Array]) -> Any:
-        numbers, counts = (np.asarray(part) for part in values)
-        keys = self._keys(np.ascontiguousarray(numbers)).reshape(len(numbers), -1)
-        digit = keys.dtype.type(16 * (self.rounds - 1 - self._round))
-        if self._round == 0:
-            histogram = [[np.bincount((row >> digit).astype(np.intp), minlength=_BUCKETS)] for row in keys]
-        else:
-            histogram = [self._narrow(row, digit, prefixes) for row, prefixes in zip(keys, self._prefix, strict=True)]
-        return counts.reshape(len(keys), -1), np.asarray(histogram)
-
-    @staticmethod
-    def _narrow(row: Any, digit: Any, prefixes: Any) -> list[Any]:
-        """One histogram per prefix, of the next 16 bits of the keys that begin with it."""
-        upper = row >> (digit + row.dtype.type(16))
-        found: dict[int, Any] = {}
-        for prefix in prefixes.tolist():
-            if prefix not in found:
-                inside = row[upper == row.dtype.type(prefix)]
-                lower = (inside >> digit) & row.dtype.type(_BUCKETS - 1)
-                found[prefix] = np.bincount(lower.astype(np.intp), minlength=_BUCKETS)
-        return [found[prefix] for prefix in prefixes.tolist()]
-
-    @property
-    def round(self) -> int:
-        """How many rounds are done."""
-        return self._round
-
-    def prefixes(self, rows: int) -> Any:
-        """What the keys must begin with to be counted in this round, [rows, cuts]; no cuts in the first."""
-        return np.zeros((rows, 0), dtype=np.uint64) if self._round == 0 else self._prefix
-
-    def fold(self, total: Any, partial: Any) -> Any:
-        if total is not None:
-            partial[1][...] += total[1]
-        return partial
-
-    def close(self, total: Any) -> None:
-        counts, histogram = total
-        if self._round == 0:
-            self._counts = np.clip(counts, 0, self._size)
-            self._above = np.zeros_like(self._counts)
-            self._prefix = np.zeros(self._counts.shape, dtype=np.uint64)
-            histogram = np.broadcast_to(histogram, (*self._counts.shape, _BUCKETS))
-        bucket, above, self._equal = _locate(histogram, self._counts - self._above)
-        self._above = self._above + above
-        self._prefix = (self._prefix << np.uint64(16)) | bucket.astype(np.uint64)
-        self._round += 1
-
-    def finish(self) -> Cut:
-        return _cut(self._numbers(self._prefix), self._counts, self._above, self._equal)
-
-    @classmethod
-    def whole(cls, values: tuple[Array, Array]) -> Cut:
-        """The definition, by sorting: numbers [n, N], counts [n] or [n, k]."""
-        numbers, counts = (np.asarray(part) for part in values)
-        counts = np.clip(counts.reshape(len(numbers), -1), 0, numbers.shape[1])
-        value = np.full(counts.shape, np.inf, dtype=numbers.dtype)
-        above, equal = np.zeros_like(counts), np.zeros_like(counts)
-        for (row, place), count in np.ndenumerate(counts):
-            if count > 0:
-                value[row, place] = np.sort(numbers[row])[::-1][int(count) - 1]
-                above[row, place] = np.sum(numbers[row] > value[row, place])
-                equal[row, place] = np.sum(numbers[row] == value[row, place])
-        return _cut(value, counts, above, equal)
-
-
-class KthLargest(_RadixSelect):
-    """The K-th largest of float32 magnitudes: non-negative floats are ordered as their bit patterns are."""
-
-    rounds: ClassVar[int] = 2
-    _type: ClassVar[str] = "float32"
-
-    @staticmethod
-    def _keys(numbers: Any) -> Any:
-        return numbers.view(np.uint32)
-
-    @staticmethod
-    def _numbers(keys: Any) -> Any:
-        return keys.astype(np.uint32).view(np.float32)
-
-
-class KthLargest64(_RadixSelect):
-    """The K-th largest of float64 numbers of any sign; −0 equals 0, NaN is larger than all."""
-
-    rounds: ClassVar[int] = 4
-    _type: ClassVar[str] = "float64"
-
-    @staticmethod
-    def _keys(numbers: Any) -> Any:
-        plain = np.where(np.isnan(numbers), np.nan, numbers + 0.0)
-        bits = plain.view(np.uint64)
-        return np.where(plain < 0.0, ~bits, bits | _SIGN)
-
-    @staticmethod
-    def _numbers(keys: Any) -> Any:
-        return np.where(keys & _SIGN, keys ^ _SIGN, ~keys).view(np.float64)
-
-
-def _cut(value: Any, count: Any, above: Any, equal: Any) -> Cut:
-    none = count <= 0
-    value = np.where(none, value.dtype.type(np.inf), value)
-    above, equal = np.where(none, 0, above), np.where(none, 0, equal)
-    return Cut(value, to_grid((count - above) / np.maximum(equal, 1)), count, above, equal)
-
-
-def _locate(histogram: Any, counts: Any) -> tuple[Any, Any, Any]:
-    """Per histogram [n, k, buckets]: the bucket of its count-th largest, how many are in higher ones, and in it."""
-    flat = histogram.reshape(-1, histogram.shape[-1])
-    from_top = np.cumsum(flat[:, ::-1], axis=1)
-    wanted = np.maximum(counts.reshape(-1), 1)
-    place = np.array([np.searchsorted(row, count) for row, count in zip(from_top, wanted, strict=True)])
-    place = np.minimum(place, flat.shape[1] - 1)
-    bucket = flat.shape[1] - 1 - place
-    rows = np.arange(len(place))
-    equal = flat[rows, bucket]
-    above = from_top[rows, place] - equal
-    return bucket.reshape(counts.shape), above.reshape(counts.shape), equal.reshape(counts.shape)

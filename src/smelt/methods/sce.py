@@ -7,7 +7,7 @@ import math
 from array_api_compat import array_namespace
 
 from smelt.methods.api import Array, Method, Sum, derive, reduce, register, scalar
-from smelt.methods.reducers import Cut, KthLargest64
+from smelt.methods.selection import Cut, KthLargest64
 from smelt.methods.stages import TINY, above_cut, add_to_base
 
 

@@ -11,7 +11,7 @@ from array_api_compat import array_namespace
 
 from smelt.methods.api import Array
 from smelt.methods.fields import per_model, scalar
-from smelt.methods.reducers import Cut, band_shares
+from smelt.methods.selection import Cut, band_shares
 
 TINY = 1e-8
 """Divisors smaller than this count as 1."""

@@ -14,7 +14,7 @@ from smelt.methods.api import (
     required,
     scalar,
 )
-from smelt.methods.reducers import Cut
+from smelt.methods.selection import Cut
 from smelt.methods.stages import (
     DENSITY,
     LAMBDA,

@@ -15,6 +15,7 @@ from smelt.planning.anatomy import Role
 from smelt.planning.entries import Action, Entry, Input, Plan
 from smelt.planning.explain import number_text
 from smelt.planning.locate import Model
+from smelt.planning.quantised import dequantised, quantised
 from smelt.planning.sections import sections
 from smelt.planning.tokens import choose_tokens
 from smelt.recipe.canonical import digest
@@ -56,19 +57,20 @@ class _Builder:
         self._checked: dict[tuple[Any, ...], str | None] = {}
         self._mixed: dict[tuple[str, ...], int] = {}
         self._alike = AlikeProblems()
+        self._quantised: dict[int, InputError] = {}
 
     def plan(self) -> Plan:
         found, problems = sections(self.recipe, self.info, self.models, self.place)
         raise_all(problems)
         alignment = align(self.recipe, self.models, found, donor=self.donor)
         self._alignment_problems(alignment)
-        self._check_quantised()
+        self._quantised = quantised(self.models)
         tokens = choose_tokens(self.recipe, self.models, self.opened, donor=self.donor, allow=self.allow)
         self.problems.extend(tokens.problems)
         self.notes.extend(tokens.notes)
         self.warnings.extend(tokens.warnings)
         entries = [entry for slot in alignment.slots if (entry := self._entry(slot)) is not None]
-        raise_all([*self._alike.errors(), *self.problems])
+        raise_all([*self._quantised.values(), *self._alike.errors(), *self.problems])
         self._report(alignment)
         head = self.models[self.donor].anatomy.head or any(entry.part.role is Role.HEAD for entry in entries)
         return Plan(
@@ -215,6 +217,8 @@ class _Builder:
     def _carried(self, slot: Slot, contributors: Sequence[tuple[Any, TensorSpec]]) -> Entry | None:
         """A tensor that cannot be averaged: the same bytes in every model, checked before anything is written."""
         codes = {tensor.dtype.code for _, tensor in contributors}
+        if len(codes) > 1 and any(one.model in self._quantised for one, _ in contributors):
+            return None  # refused as a whole, and not once more for each tensor
         if len(codes) > 1:
             self.problems.append(
                 InputError(
@@ -300,24 +304,6 @@ class _Builder:
             else:
                 self.problems.append(problem)
 
-    def _check_quantised(self) -> None:
-        for model in self.models:
-            stated = (model.config or {}).get("quantization_config")
-            packed = next(
-                (t for t in model.source.tensors.values() if t.dtype.code.startswith("F") and not t.dtype.floating),
-                None,
-            )
-            if not isinstance(stated, dict) and packed is None:
-                continue
-            kind = stated.get("quant_method", "unknown") if isinstance(stated, dict) else str(packed)
-            self.problems.append(
-                InputError(
-                    f"model {model.name} is quantised ({kind}), and its numbers cannot be merged as they are",
-                    where=["config.json  quantization_config" if isinstance(stated, dict) else f"tensor {packed}"],
-                    fix="use the model's original weights (float16, bfloat16 or float32)",
-                )
-            )
-
     def _note_mixed(self, tensors: Sequence[TensorSpec]) -> None:
         names = tuple(sorted({tensor.dtype.name for tensor in tensors}))
         if len(names) > 1:
@@ -326,6 +312,7 @@ class _Builder:
     def _report(self, alignment: Alignment) -> None:
         self.notes.extend(alignment.notes)
         self.notes.extend(notes(self.recipe))
+        self.notes.extend(note for model in self.models if (note := dequantised(model)) is not None)
         for names, count in self._mixed.items():
             mix = "tensor mixes" if count == 1 else "tensors mix"
             self.notes.append(f"{count} {mix} {' and '.join(names)}; all are worked on in float32")

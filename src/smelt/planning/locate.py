@@ -23,6 +23,7 @@ from smelt.storage.checkpoint import TensorSource
 from smelt.storage.sources.hub import HubFolder, resolve
 from smelt.storage.sources.local import open_folder
 from smelt.storage.sources.remote import open_remote
+from smelt.storage.sources.scaled import read_as_weights
 
 _WINDOWS = re.compile(r"\\|^[A-Za-z]:")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -97,9 +98,13 @@ def _roots(beside: Path | None) -> list[Path]:
 
 
 def _open(place: Path, hub: HubFolder | None, name: str, stack: ExitStack) -> TensorSource:
-    if hub is not None and not hub.complete:
-        return stack.enter_context(open_remote(hub, name=name))
-    return stack.enter_context(open_folder(place, name=name))
+    remote = hub is not None and not hub.complete
+    source: TensorSource
+    if remote and hub is not None:
+        source = stack.enter_context(open_remote(hub, name=name))
+    else:
+        source = stack.enter_context(open_folder(place, name=name))
+    return read_as_weights(source)
 
 
 def missing_folders(names: Mapping[ModelName, Sequence[str]], *, beside: Path | None) -> list[SmeltError]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from smelt.methods.della import mean_ranks, prune_by_rank
-from smelt.methods.reducers import Cut, KthLargest
+from smelt.methods.selection import Cut, KthLargest
 from smelt.methods.stages import (
     TINY,
     above_cut,

@@ -7,18 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smelt.methods.reducers import (
-    LANES,
-    Cut,
-    Gram,
-    KthLargest,
-    KthLargest64,
-    Sum,
-    band_shares,
-    described,
-    gram,
-    to_grid,
-)
+from smelt.methods.reducers import LANES, Gram, Sum, described, gram
+from smelt.methods.selection import Cut, KthLargest, KthLargest64, band_shares, to_grid
 
 pytestmark = pytest.mark.filterwarnings("error")
 

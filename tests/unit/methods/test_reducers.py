@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from smelt.methods import reducers
-from smelt.methods.reducers import Cut, Gram, KthLargest, Sum, gram
+from smelt.methods.reducers import Gram, Sum, gram
+from smelt.methods.selection import Cut, KthLargest, KthLargest64, to_grid
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-SELECTORS = [getattr(reducers, name) for name in ("KthLargest", "KthLargest64") if hasattr(reducers, name)]
+SELECTORS = [KthLargest, KthLargest64]
 
 
 def drive(reducer: Any, pieces: list[Any], *, backwards: bool = False) -> Any:
     """Every round over all pieces, as the engine does it."""
-    for _ in range(reducer.rounds):
+    while not reducer.done:
         total = None
         partials = [reducer.partial(piece) for piece in pieces]
         for partial in partials[::-1] if backwards else partials:
@@ -115,6 +115,52 @@ def test_magnitudes_that_differ_in_the_last_bit_are_told_apart() -> None:
     assert select(KthLargest, numbers, [4], cuts=[]).value[0, 0] == np.nextafter(one, np.float32(0))
 
 
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_a_guess_changes_nothing(data: st.DataObject) -> None:
+    """Brackets that hold the cut, miss it on either side, are a single number or empty: the cut is that of sorting."""
+    numbers = data.draw(magnitudes(np.float32))
+    rows, size = numbers.shape
+    counts = np.asarray(data.draw(st.lists(st.integers(0, size), min_size=rows, max_size=rows)))[:, None]
+    keys = np.sort(numbers.view(np.uint32), axis=1)
+    ends = st.one_of(st.sampled_from([*keys.reshape(-1).tolist(), 0, 0xFFFFFFFF]), st.integers(0, 0xFFFFFFFF))
+    reducer = KthLargest(scope="tensor", size=size)
+    drawn = np.asarray([[sorted((data.draw(ends), data.draw(ends)))] for _ in range(rows)], dtype=np.uint32)
+    reducer.brackets = drawn
+    cuts = data.draw(st.lists(st.integers(0, 40), max_size=3))
+    pieces = [(piece, counts) for piece in pieces_of(numbers, cuts)]
+    same(drive(reducer, pieces, backwards=data.draw(st.booleans())), KthLargest.whole((numbers, counts)))
+
+
+def test_a_sample_places_a_bracket() -> None:
+    """Narrow where the sample is like the tensor, wider where its chunks differ, none where too much equals the cut."""
+    rng = np.random.default_rng(5)
+    numbers = np.abs(rng.standard_normal((2, 1 << 20), dtype=np.float32))
+    counts = np.asarray([[1 << 19], [1 << 10]])
+    widths = []
+    for spread in (np.zeros(16), np.linspace(-0.15, 0.15, 16)):
+        reducer = KthLargest(scope="tensor", size=1 << 20)
+        chunks = numbers.reshape(2, 16, -1)[:, :, :1024] * np.exp(spread).astype(np.float32)[None, :, None]
+        reducer.guess((chunks, counts))
+        low, high = reducer.brackets[0, 0].view(np.float32)
+        widths.append(float(np.mean((numbers[0] >= low) & (numbers[0] <= high))))
+        assert low <= np.median(numbers[0]) <= high
+    assert 0.01 < widths[0] < 0.06 < widths[1]
+    crowded = KthLargest(scope="tensor", size=1 << 20)
+    crowded.guess((np.floor(3 * chunks), counts))
+    assert crowded.brackets is None
+
+
+def test_a_bracket_too_full_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KthLargest, "MOST_KEPT", 10)
+    numbers = np.arange(40, dtype=np.float32)[None]
+    reducer = KthLargest(scope="tensor", size=40)
+    reducer.brackets = np.asarray([[[0, 0xFFFFFFFF]]], dtype=np.uint32)
+    counts = np.asarray([[7]])
+    pieces = [(piece, counts) for piece in pieces_of(numbers, [9, 18])]
+    same(drive(reducer, pieces), KthLargest.whole((numbers, counts)))
+
+
 @settings(deadline=None, max_examples=80)
 @given(data=st.data())
 def test_float64_numbers_of_any_sign(data: st.DataObject) -> None:
@@ -143,7 +189,7 @@ def test_rounding_a_share_up_changes_no_decision() -> None:
     shares = np.concatenate([rng.random(500), rng.random(500) * 1e-6, [0.0, 1.0, 0.5, 2.0**-24, 2.0**-25]])
     for share in shares:
         near = np.unique(np.clip(np.floor(share * 2**24) + np.arange(-3, 4), 0, 2**24 - 1)) * 2.0**-24
-        rounded = reducers.to_grid(share)
+        rounded = to_grid(share)
         assert rounded.dtype == np.float32
         assert np.array_equal(near.astype(np.float32) < rounded, near < share)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from smelt.methods.reducers import KthLargest
+from smelt.methods.selection import KthLargest
 from smelt.methods.stages import (
     add_to_base,
     combine,

@@ -13,8 +13,8 @@ from smelt.methods.api import Undefined
 from smelt.methods.arcee_fusion import importance, softmax
 from smelt.methods.karcher import mean_direction
 from smelt.methods.ram import activity, average_active
-from smelt.methods.reducers import Cut
 from smelt.methods.sce import variance
+from smelt.methods.selection import Cut
 
 pytestmark = pytest.mark.filterwarnings("error")
 

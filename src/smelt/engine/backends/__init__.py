@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from smelt.dtypes import DType
-from smelt.engine.given import Given
+from smelt.engine.given import Given, Memory
 from smelt.engine.kernels import Kernels
 from smelt.engine.tiles import DEFAULT_TILE, Geometry, Scratch
 from smelt.errors import RecipeError, SmeltError
@@ -64,11 +64,15 @@ class Backend(Protocol):
         results: Mapping[str, Any],
         scratch: Scratch,
         kernels: Kernels,
+        memory: Memory,
     ) -> Any:
         """The arguments of one tile, as `Given`."""
 
     def flat(self, values: Any, shape: tuple[int, ...]) -> Any:
         """A tile's result as one row; None where it is no float32 array of this shape that lives here."""
+
+    def to_host(self, values: Any) -> Any:
+        """Numbers as a NumPy array."""
 
     def described(self) -> dict[str, str] | None:
         """What the record of a merge says of the device; None for the CPU."""
@@ -99,6 +103,9 @@ class Host:
         if not isinstance(values, np.ndarray) or values.dtype != np.float32 or values.shape != shape:
             return None
         return np.ascontiguousarray(values).reshape(-1)
+
+    def to_host(self, values: Any) -> Any:
+        return values
 
     def described(self) -> dict[str, str] | None:
         return None

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from smelt.methods.reducers import LANES, Gram, KthLargest, KthLargest64, Sum
+from smelt.methods.reducers import LANES, Gram, Sum
+from smelt.methods.selection import KthLargest, KthLargest64
 
 Tensor = Any
 ToHost = Callable[[Any], Any]

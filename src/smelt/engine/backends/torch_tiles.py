@@ -21,6 +21,7 @@ from smelt import dtypes
 from smelt.dtypes import DType
 from smelt.engine.backends.torch_numbers import DECODERS, ENCODERS, uniform
 from smelt.engine.backends.torch_reducers import Partials
+from smelt.engine.given import Memory
 from smelt.engine.kernels import Kernels
 from smelt.engine.tiles import Geometry, Scratch
 from smelt.errors import RecipeError, SmeltError
@@ -119,6 +120,7 @@ class TorchBackend:
         results: Mapping[str, Any],
         scratch: Scratch,
         kernels: Kernels,
+        memory: Memory,
     ) -> Any:
         return TorchGiven(
             stored,

@@ -21,9 +21,10 @@ class Kernels:
     """What the engine calls for a tile.
 
     `partials` maps a reducer's class to (reducer, values, block) -> its partial results, one for each block of so many
-    elements where it is ordered. `functions` maps (method, function) to (method, given) -> float32 values, or for a
-    reduction to (method, given, reducer) -> its partial results; None where the kernel does not apply, and the method's
-    own function is called.
+    elements where it is ordered. `functions` maps (method, "tile") to (method, given, out) -> whether a number that it
+    wrote to `out` is not finite, and (method, reductions of one pass...) to (method, given, reducers...) -> their
+    partial results; None where the kernel does not apply, and the method's own function is called. `out` holds stored
+    elements where `elements` names a type for them, else float32.
     """
 
     decode: Callable[[Any, dtypes.DType, Any], None] = dtypes.decode
@@ -31,7 +32,8 @@ class Kernels:
     uniform: Callable[[tuple[int, int], int, int, Any], Any] = uniform
     any_nonfinite: Callable[[Any, dtypes.DType], bool] = dtypes.any_nonfinite
     partials: Mapping[type, Callable[[Any, Any], Any]] = field(default_factory=dict)
-    functions: Mapping[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
+    functions: Mapping[tuple[str, ...], Callable[..., Any]] = field(default_factory=dict)
+    elements: Mapping[str, Any] = field(default_factory=dict)
 
 
 DEFINITIONS = Kernels()
@@ -51,5 +53,6 @@ def fused() -> Kernels:
         uniform=codecs.uniform,
         any_nonfinite=codecs.any_nonfinite,
         partials=sums.PARTIALS,
-        functions={**span.FUNCTIONS, **task_vectors.FUNCTIONS},
+        functions={**span.FUNCTIONS, **sums.FUNCTIONS, **task_vectors.FUNCTIONS},
+        elements=span.ELEMENTS,
     )

@@ -1,4 +1,7 @@
-"""How kernels are compiled, and the small functions that they share."""
+"""How kernels are compiled, and the small functions that they share.
+
+Sums and shifts of 32-bit integers are cast back at every step: otherwise they are made in 64 bits, at half the speed.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,132 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 
 JIT: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
 """Compile when first called, cache on disk, run without the interpreter lock. Never fastmath, never parallel."""
 
+RUN = 512
+"""Elements worked on at a time: what is made of them stays in the first cache."""
+COLUMNS = RUN // 8
+"""Bytes that hold one bit for each element of a run: bit k of byte i is that of element 64 k + i.
+
+So eight rows of 64 comparisons make the bytes, side by side in vector registers.
+"""
+GRID = 1 << 24
+"""Random numbers are whole multiples of 1 / GRID."""
+
 
 def widen(stored: Any) -> Any:
-    """A stored element as float32: a uint16 holds a bfloat16, a float32 is itself."""
+    """A stored element as float32; its kind of integer says what it is.
+
+    uint16 is a bfloat16, int16 a float16, uint8 a float8_e4m3fn, int8 a float8_e5m2; a float32 is itself.
+    """
     raise NotImplementedError
 
 
 @overload(widen, inline="always")
 def _widen(stored):
-    if isinstance(stored, numba.types.Integer):
-        return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
+    if stored in _WIDENED:
+        function = _WIDENED[stored]
+        return lambda stored: function(stored)
     return lambda stored: np.float32(stored)
+
+
+@numba.njit(inline="always")
+def to_bfloat16(value: Any) -> Any:
+    """A float32 rounded to bfloat16, nearest and ties to even, as uint16; a NaN stays one."""
+    x = np.float32(value).view(np.uint32)
+    even = np.uint32(np.uint32(x >> np.uint32(16)) & np.uint32(1))
+    rounded = np.uint32(np.uint32(np.uint32(x + np.uint32(0x7FFF)) + even) >> np.uint32(16))
+    quiet = np.uint32(np.uint32(x >> np.uint32(16)) | np.uint32(0x40))
+    return np.uint16(quiet if np.uint32(x & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded)
+
+
+def narrow(value: Any, out: Any) -> Any:
+    """A float32 as an element of the stored array `out`: bfloat16 for uint16, itself for float32."""
+    raise NotImplementedError
+
+
+@overload(narrow, inline="always")
+def _narrow(value, out):
+    if isinstance(out.dtype, numba.types.Integer):
+        return lambda value, out: to_bfloat16(value)
+    return lambda value, out: np.float32(value)
+
+
+def exponent(stored: Any) -> Any:
+    """The bits of a stored element without its sign, as those of a float32: 0x7F800000 or more if it is not finite."""
+    raise NotImplementedError
+
+
+@overload(exponent, inline="always")
+def _exponent(stored):
+    if isinstance(stored, numba.types.Integer):
+        return lambda stored: np.uint32(np.uint32(stored & np.uint16(0x7FFF)) << np.uint32(16))
+    return lambda stored: np.uint32(np.float32(stored).view(np.uint32) & np.uint32(0x7FFFFFFF))
+
+
+INFINITE = np.uint32(0x7F800000)
+
+
+@numba.njit(inline="always")
+def from_bfloat16(stored: Any) -> Any:
+    """The float32 of a bfloat16's bits."""
+    return np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
+
+
+@numba.njit(inline="always")
+def from_float16(stored: Any) -> Any:
+    """The float32 of a float16's bits; the payload of a NaN stays."""
+    bits = np.uint32(np.uint16(stored))
+    code = np.uint32(bits & np.uint32(0x7FFF))
+    subnormal = np.float32(np.int32(code)) * np.float32(2.0**-24)
+    number = np.uint32((code << np.uint32(13)) + np.uint32(0x38000000))
+    if code >= np.uint32(0x7C00):
+        number = np.uint32(number + np.uint32(0x38000000))
+    if code < np.uint32(0x0400):
+        number = np.uint32(np.float32(subnormal).view(np.uint32))
+    return np.uint32(number | ((bits & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
+
+
+@numba.njit(inline="always")
+def from_float8_e4m3fn(stored: Any) -> Any:
+    """The float32 of a float8_e4m3fn's code."""
+    bits = np.uint32(np.uint8(stored))
+    code = np.uint32(bits & np.uint32(0x7F))
+    subnormal = np.float32(np.int32(code)) * np.float32(2.0**-9)
+    number = np.uint32((code << np.uint32(20)) + np.uint32(120 << 23))
+    if code == np.uint32(0x7F):
+        number = np.uint32(0x7FC00000)
+    if code < np.uint32(0x08):
+        number = np.uint32(np.float32(subnormal).view(np.uint32))
+    return np.uint32(number | ((bits & np.uint32(0x80)) << np.uint32(24))).view(np.float32)
+
+
+@numba.njit(inline="always")
+def from_float8_e5m2(stored: Any) -> Any:
+    """The float32 of a float8_e5m2's code."""
+    bits = np.uint32(np.uint8(stored))
+    code = np.uint32(bits & np.uint32(0x7F))
+    subnormal = np.float32(np.int32(code)) * np.float32(2.0**-16)
+    number = np.uint32((code << np.uint32(21)) + np.uint32(112 << 23))
+    if code == np.uint32(0x7C):
+        number = np.uint32(0x7F800000)
+    if code > np.uint32(0x7C):
+        number = np.uint32(0x7FC00000)
+    if code < np.uint32(0x04):
+        number = np.uint32(np.float32(subnormal).view(np.uint32))
+    return np.uint32(number | ((bits & np.uint32(0x80)) << np.uint32(24))).view(np.float32)
+
+
+_WIDENED = {
+    numba.types.uint16: from_bfloat16,
+    numba.types.int16: from_float16,
+    numba.types.uint8: from_float8_e4m3fn,
+    numba.types.int8: from_float8_e5m2,
+}
+"""How each kind of stored integer is read."""
 
 
 @numba.njit(inline="always")
@@ -56,3 +169,40 @@ def draw(low: Any, high: Any, start: int, out: Any) -> None:
     if first + 2 * pairs < count:
         z = mix(word + pairs, low, high)
         out[count - 1] = np.float32((z & np.uint64(0xFFFFFFFF)) >> np.uint64(8)) * np.float32(2.0**-24)
+
+
+@JIT
+def draw_below(key: Any, start: int, limit: Any, words: Any, bits: Any) -> None:
+    """Which elements [start, start + RUN) of a stream are below limit / GRID, as bits; `start` is even.
+
+    `words` is room for RUN / 2 integers of 64 bits.
+    """
+    for k in range(words.size):
+        words[k] = mix((start >> 1) + k, key[0], key[1])
+    halves = words.view(np.uint32)
+    for i in range(COLUMNS):
+        found = np.uint8(0)
+        for k in range(8):
+            number = np.uint32(halves[k * COLUMNS + i] >> np.uint32(8))
+            found = np.uint8(found | np.uint8(np.uint8(number < limit) << np.uint8(k)))
+        bits[i] = found
+
+
+@numba.njit(inline="always")
+def element(place: Any) -> Any:
+    """The element of a run whose bit is number `place` of its bytes."""
+    return (place & np.uint64(7)) * np.uint64(COLUMNS) + (place >> np.uint64(3))
+
+
+@intrinsic
+def _trailing_zeros(typing_context, word):
+
+    def generate(context, builder, signature, arguments):
+        true = context.get_constant(numba.types.boolean, True)
+        return builder.cttz(arguments[0], true)
+
+    return numba.types.uint64(numba.types.uint64), generate
+
+
+trailing_zeros: Any = _trailing_zeros
+"""The number of the lowest bit that is set in a uint64, which must not be 0."""

@@ -1,4 +1,4 @@
-"""Methods whose result is a fixed combination of their inputs: stored bytes to weighted sum in one pass.
+"""Methods whose result is a fixed combination of their inputs: stored bytes to stored bytes in one pass.
 
 The sum over models is unrolled when it is compiled, once for each number of models.
 """
@@ -10,20 +10,30 @@ from typing import Any
 import numpy as np
 from numba.extending import overload
 
-from smelt.dtypes import BF16, F32
+from smelt.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32
 from smelt.engine.given import Given
-from smelt.engine.kernels.compiled import JIT, widen
+from smelt.engine.kernels.compiled import INFINITE, JIT, exponent, narrow, widen
 
 MOST_MODELS = 12
 """Above this many models a method's own function is called."""
+STORED: dict[str, Any] = {
+    BF16.code: np.uint16,
+    F16.code: np.int16,
+    F8_E4M3.code: np.uint8,
+    F8_E5M2.code: np.int8,
+    F32.code: np.float32,
+}
+"""How kernels see stored elements of their inputs: `widen` knows each type by its kind of integer."""
+ELEMENTS = {BF16.code: np.uint16, F32.code: np.float32}
+"""How they see those of their output; other types are encoded from float32."""
 
 
-def _loop(stored: Any, coefficients: Any, out: Any) -> None:
-    """out = Σ_i c_i · stored_i, in float64, in the order of the models."""
+def _loop(stored: Any, coefficients: Any, out: Any) -> bool:
+    """out = Σ_i c_i · stored_i, in float64, in the order of the models; whether a number of it is not finite."""
     raise NotImplementedError
 
 
-def _delta_loop(stored: Any, base: Any, coefficients: Any, out: Any) -> None:
+def _delta_loop(stored: Any, base: Any, coefficients: Any, out: Any) -> bool:
     """out = base + Σ_i c_i · (stored_i − base), the differences in float32, in the order of the models."""
     raise NotImplementedError
 
@@ -48,60 +58,61 @@ def _written(arguments: str, models: int, first: str, value: str) -> Any:
     """
     lines = [f"def loop({arguments}):"]
     lines += [f"    s{i} = stored[{i}]; c{i} = coefficients[{i}]" for i in range(models)]
-    lines += ["    for j in range(out.size):", f"        {first}", f"        out[j] = np.float32({value})"]
-    space: dict[str, Any] = {"np": np, "widen": widen}
+    lines += ["    worst = np.uint32(0)", "    for j in range(out.size):", f"        {first}"]
+    lines += [f"        y = narrow({value}, out)", "        out[j] = y", "        worst = max(worst, exponent(y))"]
+    lines += ["    return worst >= INFINITE"]
+    space: dict[str, Any] = {"np": np, "widen": widen, "narrow": narrow, "exponent": exponent, "INFINITE": INFINITE}
     exec("\n".join(lines), space)
     return space["loop"]
 
 
 @JIT
-def _sum(stored: Any, coefficients: Any, out: Any) -> None:
-    _loop(stored, coefficients, out)
+def _sum(stored: Any, coefficients: Any, out: Any) -> bool:
+    return _loop(stored, coefficients, out)
 
 
 @JIT
-def _sum_of_deltas(stored: Any, base: Any, coefficients: Any, out: Any) -> None:
-    _delta_loop(stored, base, coefficients, out)
+def _sum_of_deltas(stored: Any, base: Any, coefficients: Any, out: Any) -> bool:
+    return _delta_loop(stored, base, coefficients, out)
 
 
 def elements(given: Given) -> tuple[Any, ...] | None:
-    """The stored arrays of a tile as kernels take them: uint16 for bfloat16, float32; None for other types."""
-    kinds = {BF16.code: np.uint16, F32.code: np.float32}
-    types = {dtype.code for _, dtype in given.stored}
-    if len(types) != 1 or not types <= set(kinds) or len(given.stored) > MOST_MODELS:
+    """The stored arrays of a tile as kernels take them; None where their types differ or have no kernel."""
+    first = given.stored[0][1]
+    kind = STORED.get(first.code)
+    if kind is None or len(given.stored) > MOST_MODELS or any(dtype is not first for _, dtype in given.stored):
         return None
-    (code,) = types
-    return tuple(raw.view(kinds[code]) for raw, _ in given.stored)
+    return tuple([raw.view(kind) for raw, _ in given.stored])
 
 
-def _plain(coefficients: Any) -> tuple[float, ...]:
+def plain(coefficients: Any, kind: Any = float) -> tuple[Any, ...]:
     """Coefficients as a tuple: numbers in registers, which no store into the output can change."""
-    return tuple(float(c) for c in coefficients)
+    return tuple([kind(c) for c in coefficients])
 
 
-def span_tile(method: Any, given: Given) -> Any:
+def span_tile(method: Any, given: Given, out: Any) -> bool | None:
     """The tile of a method that gives b + Σ c_i d_i (with a base) or Σ c_i x_i, where `coefficients` is [n]."""
-    coefficients = given["coefficients"]
     stored = elements(given)
-    if stored is None or coefficients is None or np.ndim(coefficients) != 1:
+    weights = given.once("coefficients of the tile", lambda: _of_models(given["coefficients"]))
+    if stored is None or weights is None:
         return None
-    out = given.scratch.array("values", (given.count,), np.float32)
-    weights = _plain(coefficients)
     if given.has_base:
-        _sum_of_deltas(stored[:-1], stored[-1], weights, out)
-    else:
-        _sum(stored, weights, out)
-    return out
+        return bool(_sum_of_deltas(stored[:-1], stored[-1], weights, out))
+    return bool(_sum(stored, weights, out))
 
 
-def slerp_tile(method: Any, given: Given) -> Any:
+def _of_models(coefficients: Any) -> tuple[float, ...] | None:
+    """One number per model; None where there are more, one for each column or row."""
+    return None if coefficients is None or np.ndim(coefficients) != 1 else plain(coefficients)
+
+
+def slerp_tile(method: Any, given: Given, out: Any) -> bool | None:
     """The tile of slerp: c_0 b + c_1 x."""
     stored = elements(given)
     if stored is None:
         return None
-    out = given.scratch.array("values", (given.count,), np.float32)
-    _sum((stored[-1], stored[0]), _plain(given["coefficients"]), out)
-    return out
+    weights = given.once("coefficients of the tile", lambda: plain(given["coefficients"]))
+    return bool(_sum((stored[1], stored[0]), weights, out))
 
 
 FUNCTIONS: Any = {

@@ -1,4 +1,4 @@
-"""Partial results of reducers in one pass: sums and inner products by lanes, histograms of the keys' 16-bit digits."""
+"""Partial results of reducers in one pass: sums and inner products by lanes, entries around the k-th largest."""
 
 from __future__ import annotations
 
@@ -6,38 +6,130 @@ from typing import Any
 
 import numpy as np
 
-from smelt.engine.kernels.compiled import JIT
-from smelt.methods.reducers import LANES, Gram, KthLargest, Sum
+from smelt.engine.given import Given
+from smelt.engine.kernels.compiled import (
+    COLUMNS,
+    JIT,
+    RUN,
+    element,
+    trailing_zeros,
+    widen,
+)
+from smelt.engine.kernels.span import elements
+from smelt.engine.tiles import BLOCK
+from smelt.methods.reducers import LANES, Gram, Sum
+from smelt.methods.selection import Between, KthLargest
 
 
 @JIT
-def _add_lanes(row: Any, block: int, lanes: Any) -> None:
-    """Per block, lanes[l] += row[l], row[l + 256], ... in this order."""
-    for number in range(len(lanes)):
-        part = row[number * block : min((number + 1) * block, row.size)]
-        target = lanes[number]
-        whole = part.size // LANES * LANES
-        for start in range(0, whole, LANES):
-            run = part[start : start + LANES]
-            for lane in range(LANES):
-                target[lane] += np.float64(run[lane])
-        for j in range(whole, part.size):
-            target[j - whole] += np.float64(part[j])
+def add_run(run: Any, count: int, lanes: Any) -> None:
+    """lanes[l] += run[l], run[l + 256] for the first `count` elements of a run, in this order."""
+    one, two = run[:LANES], run[LANES : 2 * LANES]
+    if count == RUN:
+        for lane in range(LANES):
+            lanes[lane] = (lanes[lane] + np.float64(one[lane])) + np.float64(two[lane])
+        return
+    for lane in range(min(count, LANES)):
+        lanes[lane] += np.float64(one[lane])
+    for lane in range(count - LANES):
+        lanes[lane] += np.float64(two[lane])
 
 
 @JIT
-def _add_products(one: Any, two: Any, block: int, lanes: Any) -> None:
-    for number in range(len(lanes)):
-        low, high = number * block, min((number + 1) * block, one.size)
-        first, second = one[low:high], two[low:high]
-        target = lanes[number]
-        whole = first.size // LANES * LANES
-        for start in range(0, whole, LANES):
-            a, b = first[start : start + LANES], second[start : start + LANES]
-            for lane in range(LANES):
-                target[lane] += np.float64(a[lane]) * np.float64(b[lane])
-        for j in range(whole, first.size):
-            target[j - whole] += np.float64(first[j]) * np.float64(second[j])
+def _multiply_run(x: Any, y: Any, count: int, lanes: Any) -> None:
+    """As `add_run`, of x · y: exact products of float32 numbers."""
+    one, two, first, second = x[:LANES], x[LANES : 2 * LANES], y[:LANES], y[LANES : 2 * LANES]
+    if count == RUN:
+        for lane in range(LANES):
+            near = np.float64(one[lane]) * np.float64(first[lane])
+            far = np.float64(two[lane]) * np.float64(second[lane])
+            lanes[lane] = (lanes[lane] + near) + far
+        return
+    for lane in range(min(count, LANES)):
+        lanes[lane] += np.float64(one[lane]) * np.float64(first[lane])
+    for lane in range(count - LANES):
+        lanes[lane] += np.float64(two[lane]) * np.float64(second[lane])
+
+
+@JIT
+def _widen_run(stored: Any, out: Any) -> None:
+    for j in range(stored.size):
+        out[j] = widen(stored[j])
+
+
+@JIT
+def _subtract_run(base: Any, out: Any) -> None:
+    for j in range(base.size):
+        out[j] = out[j] - widen(base[j])
+
+
+@JIT
+def _sums(row: Any, block: int, lanes: Any) -> None:
+    """Per block, lanes[l] += row[l], row[l + 256], ..."""
+    room = np.empty(RUN, dtype=np.float32)
+    for low in range(0, row.size, RUN):
+        part = row[low : min(low + RUN, row.size)]
+        _widen_run(part, room)
+        add_run(room, part.size, lanes[low // block])
+
+
+@JIT
+def _products(stored: Any, base: Any, of_deltas: bool, block: int, lanes: Any) -> None:
+    """Inner products of all pairs of the vectors, or of their differences from the base: lanes [pairs, blocks, 256]."""
+    size = stored[0].size
+    room = np.empty((len(stored), RUN), dtype=np.float32)
+    for low in range(0, size, RUN):
+        high = min(low + RUN, size)
+        for i in range(len(stored)):
+            _widen_run(stored[i][low:high], room[i])
+            if of_deltas:
+                _subtract_run(base[low:high], room[i])
+        pair = 0
+        for i in range(len(stored)):
+            for k in range(i, len(stored)):
+                _multiply_run(room[i], room[k], high - low, lanes[pair, low // block])
+                pair += 1
+
+
+@JIT
+def keep_between(bits: Any, low: Any, high: Any, room: Any, marks: Any, found: int) -> tuple[int, int]:
+    """Of one run of magnitudes' bits: how many are above `high`; those in [low, high] go to room[found:].
+
+    Gives (above, found). `bits` has RUN elements, filled up with zeros and a `low` of at least 1 where there are fewer;
+    `marks` is room for COLUMNS bytes.
+    """
+    above = np.uint32(0)
+    for j in range(RUN):
+        above = np.uint32(above + np.uint32(bits[j] > high))
+    width = np.uint32(high - low)
+    for i in range(COLUMNS):
+        inside = np.uint8(0)
+        for k in range(8):
+            place = np.uint32(bits[k * COLUMNS + i] - low)
+            inside = np.uint8(inside | np.uint8(np.uint8(place <= width) << np.uint8(k)))
+        marks[i] = inside
+    words = marks.view(np.uint64)
+    for number in range(words.size):
+        word = words[number]
+        while word:
+            room[found] = bits[element(trailing_zeros(word) + np.uint64(64 * number))]
+            found += 1
+            word &= word - np.uint64(1)
+    return int(above), found
+
+
+@JIT
+def _keep_row(bits: Any, low: Any, high: Any, room: Any) -> tuple[int, int]:
+    run = np.empty(RUN, dtype=np.uint32)
+    marks = np.empty(COLUMNS, dtype=np.uint8)
+    above, found = 0, 0
+    for start in range(0, bits.size, RUN):
+        part = bits[start : min(start + RUN, bits.size)]
+        run[: part.size] = part
+        run[part.size :] = 0
+        more, found = keep_between(run, low, high, room, marks, found)
+        above += more
+    return above, found
 
 
 @JIT
@@ -58,9 +150,11 @@ def sum_partials(reducer: Sum, values: Any, block: int) -> Any:
     if not reducer.by_lanes or values.dtype != np.float32:
         return None
     rows = np.ascontiguousarray(values).reshape(len(values), -1)
+    if block % RUN:
+        return None
     lanes = np.zeros((len(rows), -(-rows.shape[1] // block), LANES))
     for row, target in zip(rows, lanes, strict=True):
-        _add_lanes(row, block, target)
+        _sums(row, block, target)
     return lanes.transpose(1, 0, 2)
 
 
@@ -68,24 +162,68 @@ def gram_partials(reducer: Gram, values: Any, block: int) -> Any:
     """As `Gram.partial` of each block: [blocks, k, k, 256]; None where there is no kernel."""
     if not reducer.by_lanes or any(vector.dtype != np.float32 for vector in values):
         return None
-    vectors = [np.ascontiguousarray(vector).reshape(-1) for vector in values]
+    return _gram(tuple(np.ascontiguousarray(vector).reshape(-1) for vector in values), None, block)
+
+
+def _gram(vectors: tuple[Any, ...], base: Any, block: int) -> Any:
+    """[blocks, k, k, 256] for vectors, or their differences from the base where there is one; None for odd blocks."""
+    if block % RUN:
+        return None
     k = len(vectors)
-    lanes = np.zeros((k, k, -(-vectors[0].size // block), LANES))
-    for i, one in enumerate(vectors):
-        for j in range(i, k):
-            _add_products(one, vectors[j], block, lanes[i, j])
-            lanes[j, i] = lanes[i, j]
-    return lanes.transpose(2, 0, 1, 3)
+    lanes = np.zeros((k * (k + 1) // 2, -(-vectors[0].size // block), LANES))
+    _products(vectors, vectors[0] if base is None else base, base is not None, block, lanes)
+    pair = np.zeros((k, k), dtype=np.intp)
+    pair[np.triu_indices(k)] = np.arange(len(lanes))
+    return lanes.transpose(1, 0, 2)[:, np.maximum(pair, pair.T)]
+
+
+def of_models(method: Any, given: Given, reducer: Gram) -> Any:
+    """Inner products of the models themselves, from their stored bytes."""
+    stored = elements(given)
+    return None if stored is None else _gram(stored[: given.models], None, BLOCK)
+
+
+def of_deltas(method: Any, given: Given, reducer: Gram) -> Any:
+    """Inner products of the models' differences from the base."""
+    stored = elements(given)
+    return None if stored is None else _gram(stored[:-1], stored[-1], BLOCK)
+
+
+def of_vectors(method: Any, given: Given, reducer: Gram) -> Any:
+    """Of the differences where there is a base, else of the models."""
+    return (of_deltas if given.has_base else of_models)(method, given, reducer)
+
+
+def of_base_and_model(method: Any, given: Given, reducer: Gram) -> Any:
+    """Of the base and the one model, in this order."""
+    stored = elements(given)
+    return None if stored is None else _gram((stored[1], stored[0]), None, BLOCK)
 
 
 def cut_partial(reducer: KthLargest, values: Any, block: int) -> Any:
     """As `KthLargest.partial`."""
     numbers, counts = (np.asarray(part) for part in values)
     rows = np.ascontiguousarray(numbers).view(np.uint32).reshape(len(numbers), -1)
+    if reducer.brackets is not None:
+        room = np.empty(rows.shape[1], dtype=np.uint32)
+        return between(reducer, counts, lambda row, low, high: (*_keep_row(rows[row], low, high, room), room))
     histogram = histograms(reducer, len(rows))
     for row, prefixes, targets in zip(rows, reducer.prefixes(len(rows)), histogram, strict=True):
-        count_digits(row, prefixes, targets)
+        _count_digits(row, prefixes, targets)
     return counts.reshape(len(rows), -1), histogram
+
+
+def between(reducer: KthLargest, counts: Any, find: Any) -> Between:
+    """The partial result with a guess; `find` gives for (row, low, high) how many are above, how many inside, these."""
+    above = np.zeros(reducer.brackets.shape[:2], dtype=np.int64)
+    inside: list[list[list[Any]]] = [[[] for _ in row] for row in reducer.brackets]
+    kept = 0
+    for row, place in np.ndindex(above.shape):
+        low, high = (np.uint32(end) for end in reducer.brackets[row, place])
+        above[row, place], found, room = find(row, max(low, np.uint32(1)), high)
+        inside[row][place].append(room[:found].copy())
+        kept += found
+    return Between(counts.reshape(len(above), -1), above, inside, kept)
 
 
 def histograms(reducer: KthLargest, rows: int) -> Any:
@@ -93,7 +231,7 @@ def histograms(reducer: KthLargest, rows: int) -> Any:
     return np.zeros((rows, len(reducer.prefixes(rows)[0]) or 1, 1 << 16), dtype=np.int64)
 
 
-def count_digits(bits: Any, prefixes: Any, targets: Any) -> None:
+def _count_digits(bits: Any, prefixes: Any, targets: Any) -> None:
     """Count the 16-bit digits of one row of keys: the upper ones in round 1, in round 2 the lower ones of a bucket."""
     if not len(prefixes):
         _count_upper(bits, targets[0])
@@ -108,4 +246,12 @@ def count_digits(bits: Any, prefixes: Any, targets: Any) -> None:
 
 
 PARTIALS: dict[type, Any] = {Sum: sum_partials, Gram: gram_partials, KthLargest: cut_partial}
-"""Reducer -> its kernel."""
+"""Reducer -> its kernel, for the values that a method's function gives."""
+FUNCTIONS: dict[tuple[str, ...], Any] = {
+    ("slerp", "products"): of_base_and_model,
+    ("karcher", "products"): of_models,
+    ("model_stock", "products"): of_deltas,
+    ("nuslerp", "products"): of_vectors,
+    ("multislerp", "products"): of_vectors,
+}
+"""(method, reduction) -> kernel on the stored bytes."""

@@ -1,7 +1,8 @@
 """Trim, drop and elect on stored bytes: the functions of ties and dare, each in one pass over a tile.
 
-A tile is worked on in short runs that stay in the first cache. The operations and their order are those of
-`methods.stages`, so the bits are too.
+A tile is worked on in runs that stay in the first cache: first each model's differences, with what is not kept set to
+zero, then the election over all models. The operations and their order are those of `methods.stages`, so the bits are
+too. Random numbers are compared as integers, and where only entries equal to the cut need one, only those draw it.
 """
 
 from __future__ import annotations
@@ -12,54 +13,81 @@ import numpy as np
 from numba.extending import overload
 
 from smelt.engine.given import Given
-from smelt.engine.kernels.compiled import JIT, draw, widen
-from smelt.engine.kernels.span import elements
-from smelt.engine.kernels.sums import histograms
+from smelt.engine.kernels.compiled import (
+    COLUMNS,
+    GRID,
+    INFINITE,
+    JIT,
+    RUN,
+    draw_below,
+    element,
+    exponent,
+    mix,
+    narrow,
+    trailing_zeros,
+    widen,
+)
+from smelt.engine.kernels.span import elements, plain
+from smelt.engine.kernels.sums import add_run, between, histograms, keep_between
 from smelt.engine.tiles import BLOCK
 from smelt.methods.reducers import LANES
 from smelt.methods.stages import TINY, counts_to_keep, divisor
 
-RUN = 512
-"""Elements worked on at a time."""
-_KEEP_ALL, _TRIM, _DROP = 0, 1, 2
+_TRIM, _DROP, _DROP_AGAIN = 0, 1, 2
 
 
 @JIT
-def _deltas(stored: Any, base: Any, out: Any) -> None:
-    for j in range(out.size):
-        out[j] = widen(stored[j]) - widen(base[j])
+def _widen_base(base: Any, out: Any) -> None:
+    for j in range(base.size):
+        out[j] = widen(base[j])
 
 
 @JIT
-def _magnitude_bits(stored: Any, base: Any, out: Any) -> None:
-    for j in range(out.size):
-        out[j] = np.float32(widen(stored[j]) - widen(base[j])).view(np.uint32) & np.uint32(0x7FFFFFFF)
+def _subtract(stored: Any, base: Any, out: Any) -> None:
+    """The differences of a run; what lies beyond its end becomes NaN, which equals no cut."""
+    for j in range(stored.size):
+        out[j] = widen(stored[j]) - base[j]
+    for j in range(stored.size, RUN):
+        out[j] = np.float32(np.nan)
 
 
 @JIT
-def _keep(deltas: Any, rule: int, value: Any, share: Any, density: Any, key: Any, start: int, numbers: Any) -> None:
-    """Set to zero what is not kept; `numbers` is room for random numbers."""
-    if rule == _DROP:
-        draw(key[0], key[1], start, numbers)
-        for j in range(deltas.size):
-            if not np.float64(numbers[j]) < density:
-                deltas[j] = np.float32(0.0)
-    elif rule == _TRIM:
-        equal = 0
-        for j in range(deltas.size):
-            equal += np.abs(deltas[j]) == value
-        if equal and np.float32(0.0) < share < np.float32(1.0):
-            draw(key[0], key[1], start, numbers)
-            for j in range(deltas.size):
-                magnitude = np.abs(deltas[j])
-                if magnitude <= value and not (magnitude == value and numbers[j] < share):
-                    deltas[j] = np.float32(0.0)
-        else:
-            kept = share >= np.float32(1.0)
-            for j in range(deltas.size):
-                magnitude = np.abs(deltas[j])
-                if magnitude <= value and not (kept and magnitude == value):
-                    deltas[j] = np.float32(0.0)
+def _trim(deltas: Any, value: Any, limit: Any, key: Any, start: int, kept: Any, marks: Any) -> None:
+    """kept = the deltas above the cut; of those equal to it, those whose random number is below limit / GRID."""
+    for j in range(RUN):
+        kept[j] = np.float32(0.0) if np.abs(deltas[j]) <= value else deltas[j]
+    if limit == 0:
+        return
+    for i in range(COLUMNS):
+        equal = np.uint8(0)
+        for k in range(8):
+            equal = np.uint8(equal | np.uint8(np.uint8(np.abs(deltas[k * COLUMNS + i]) == value) << np.uint8(k)))
+        marks[i] = equal
+    words = marks.view(np.uint64)
+    for number in range(words.size):
+        word = words[number]
+        while word:
+            j = element(trailing_zeros(word) + np.uint64(64 * number))
+            place = np.uint64(start) + j
+            drawn = mix(place >> np.uint64(1), key[0], key[1]) >> (np.uint64(32) * (place & np.uint64(1)))
+            if (drawn & np.uint64(0xFFFFFFFF)) >> np.uint64(8) < limit:
+                kept[j] = deltas[j]
+            word &= word - np.uint64(1)
+
+
+@JIT
+def _choose(deltas: Any, marks: Any, kept: Any) -> None:
+    """kept = the deltas whose bit is set, 0 elsewhere."""
+    for k in range(8):
+        row, target = deltas[k * COLUMNS : (k + 1) * COLUMNS], kept[k * COLUMNS : (k + 1) * COLUMNS]
+        for i in range(COLUMNS):
+            target[i] = row[i] if (marks[i] >> np.uint8(k)) & np.uint8(1) else np.float32(0.0)
+
+
+@JIT
+def _absolute(run: Any) -> None:
+    for j in range(RUN):
+        run[j] = np.abs(run[j])
 
 
 @JIT
@@ -68,235 +96,177 @@ def _add_magnitudes(
     base: Any,
     rule: int,
     value: Any,
-    share: Any,
-    density: Any,
+    limit: Any,
     key: Any,
     start: int,
     block: int,
-    lanes: Any,
+    marks: Any,
+    first: int,
+    whole: Any,
+    kept: Any,
 ) -> None:
-    """Add abs of what is kept of one model's deltas to each block's lanes, in the order of `Sum`."""
+    """Add abs of one model's deltas, and of what is kept of them, to each block's lanes, in the order of `Sum`.
+
+    What was drawn for run r of the tile is left in marks[first + r], COLUMNS bytes (modulo len(marks)).
+    """
+    bases = np.empty(RUN, dtype=np.float32)
     deltas = np.empty(RUN, dtype=np.float32)
-    numbers = np.empty(RUN, dtype=np.float32)
+    chosen = np.empty(RUN, dtype=np.float32)
+    words = np.empty(RUN // 2, dtype=np.uint64)
     for low in range(0, stored.size, RUN):  # runs are whole lanes, and blocks whole runs
         high = min(low + RUN, stored.size)
-        part = deltas[: high - low]
-        _deltas(stored[low:high], base[low:high], part)
-        _keep(part, rule, value, share, density, key, start + low, numbers[: high - low])
-        target = lanes[low // block]
-        whole = part.size // LANES * LANES
-        for first in range(0, whole, LANES):
-            row = part[first : first + LANES]
-            for lane in range(LANES):
-                target[lane] += np.float64(np.abs(row[lane]))
-        for j in range(whole, part.size):
-            target[j - whole] += np.float64(np.abs(part[j]))
+        _widen_base(base[low:high], bases)
+        _subtract(stored[low:high], bases, deltas)
+        bits = marks[(first + low // RUN) % len(marks)]
+        if rule == _TRIM:
+            _trim(deltas, value, limit, key, start + low, chosen, bits)
+        else:
+            draw_below(key, start + low, limit, words, bits)
+            _choose(deltas, bits, chosen)
+        _absolute(deltas)
+        _absolute(chosen)
+        add_run(deltas, high - low, whole[low // block])
+        add_run(chosen, high - low, kept[low // block])
 
 
-def _trim_and_elect(stored, base, value, share, density, numbers, weight, scale, normalize, total, factor, out):
-    """One run of b + λ · mixed: trim, elect."""
+ELECT_MEAN: Any = (0,)
+ELECT_SUM: Any = (0, 0)
+ADD: Any = (0, 0, 0)
+"""How kept deltas are combined. Told by a tuple's length, which is part of its type: only what is used is compiled."""
+
+
+def _combine(kind, room, bases, weight, scale, total, factor, out):
+    """One run of b + λ · mixed; gives the largest bits of its numbers, without their signs."""
     raise NotImplementedError
 
 
-def _drop_and_elect(stored, base, value, share, density, numbers, weight, scale, normalize, total, factor, out):
-    """One run of b + λ · mixed: drop at random, elect."""
-    raise NotImplementedError
+@overload(_combine)
+def _written_combine(kind, room, bases, weight, scale, total, factor, out):
+    return _written(len(weight), elected=len(kind) < len(ADD), mean=len(kind) == len(ELECT_MEAN))
 
 
-def _drop_and_add(stored, base, value, share, density, numbers, weight, scale, normalize, total, factor, out):
-    """One run of b + λ · mixed: drop at random, add."""
-    raise NotImplementedError
-
-
-@overload(_trim_and_elect)
-def _written_trim_and_elect(stored, base, value, share, density, numbers, weight, scale, normalize, total, factor, out):
-    return _written(len(stored), random=False, elected=True)
-
-
-@overload(_drop_and_elect)
-def _written_drop_and_elect(stored, base, value, share, density, numbers, weight, scale, normalize, total, factor, out):
-    return _written(len(stored), random=True, elected=True)
-
-
-@overload(_drop_and_add)
-def _written_drop_and_add(stored, base, value, share, density, numbers, weight, scale, normalize, total, factor, out):
-    return _written(len(stored), random=True, elected=False)
-
-
-def _written(models: int, *, random: bool, elected: bool) -> Any:
+def _written(models: int, *, elected: bool, mean: bool) -> Any:
     """The loop over the elements of a run, written out for a number of models so that all stays in registers.
 
     The operations and their order are those of `methods.stages.combine`. Conditions are joined without branches.
     """
     each = range(models)
-    lines = ["def loop(stored, base, value, share, density, numbers, weight, scale, normalize, total, factor, out):"]
-    for i in each:
-        lines.append(f"    s{i} = stored[{i}]; u{i} = numbers[{i}]; v{i} = value[{i}]; h{i} = share[{i}]")
-        lines.append(f"    p{i} = density[{i}]; w{i} = weight[{i}]; f{i} = scale[{i}]")
-    lines += ["    zero = np.float32(0.0)", "    for j in range(out.size):", "        b = widen(base[j])"]
-    for i in each:
-        keep = f"np.float64(u{i}[j]) < p{i}" if random else f"(not m{i} <= v{i}) | ((m{i} == v{i}) & (u{i}[j] < h{i}))"
-        lines.append(f"        d{i} = widen(s{i}[j]) - b")
-        lines.append(f"        m{i} = np.abs(d{i})")
-        lines.append(f"        e{i} = f{i} * np.float64(d{i} if {keep} else zero)")
-    lines.append(f"        t = {' + '.join(f'e{i}' for i in each)}")
+    lines = ["def loop(kind, room, bases, weight, scale, total, factor, out):", "    worst = np.uint32(0)"]
+    lines += [f"    d{i} = room[{i}]; w{i} = weight[{i}]; f{i} = scale[{i}]" for i in each]
+    lines += ["    for j in range(out.size):"]
+    lines += [f"        e{i} = f{i} * np.float64(d{i}[j])" for i in each]
+    lines += [f"        t = {' + '.join(f'e{i}' for i in each)}"]
     if elected:
         lines += ["        up = t >= 0.0", "        mixed = 0.0", "        agreeing = 0.0"]
         for i in each:
-            lines.append(f"        a = (up & (not e{i} <= 0.0)) | ((not up) & (not e{i} >= 0.0))")
-            lines.append(f"        mixed = mixed + e{i} if a else mixed")
-            lines.append(f"        agreeing = agreeing + w{i} if a else agreeing")
-        lines.append(f"        below = agreeing if normalize & (np.abs(agreeing) >= {TINY!r}) else 1.0")
-        lines.append("        t = mixed / below")
+            lines += [f"        g = e{i} if up else -e{i}", "        a = not g <= 0.0"]
+            lines += [f"        mixed = mixed + e{i} if a else mixed"]
+            lines += [f"        agreeing = agreeing + w{i} if a else agreeing"] if mean else []
+        below = f" / (agreeing if np.abs(agreeing) >= {TINY!r} else 1.0)" if mean else ""
+        lines += [f"        t = mixed{below}"]
     else:
-        lines.append("        t = t / total")
-    lines.append("        out[j] = np.float32(np.float64(b) + factor * t)")
-    space: dict[str, Any] = {"np": np, "widen": widen}
+        lines += ["        t = t / total"]
+    lines += ["        y = narrow(np.float64(bases[j]) + factor * t, out)"]
+    lines += ["        out[j] = y", "        worst = max(worst, exponent(y))", "    return worst"]
+    space: dict[str, Any] = {"np": np, "narrow": narrow, "exponent": exponent}
     exec("\n".join(lines), space)
     return space["loop"]
-
-
-@JIT
-def _equals(stored: Any, base: Any, value: Any) -> int:
-    """How many magnitudes of one model's deltas equal the cut."""
-    equal = 0
-    for j in range(stored.size):
-        equal += np.abs(widen(stored[j]) - widen(base[j])) == value
-    return equal
 
 
 @JIT
 def _mix(
     stored: Any,
     base: Any,
-    random: bool,
-    elected: bool,
+    rule: int,
+    kind: Any,
     value: Any,
-    share: Any,
-    density: Any,
+    limit: Any,
     keys: Any,
     start: int,
+    marks: Any,
+    first: int,
     weight: Any,
     scale: Any,
-    normalize: bool,
     total: float,
     factor: float,
     out: Any,
-) -> None:
-    """b + λ · mixed of a tile, run by run; random numbers are made where they decide something."""
+) -> bool:
+    """b + λ · mixed of a tile, run by run; whether a number of it is not finite. `marks` is [n, runs, COLUMNS]."""
+    bases = np.empty(RUN, dtype=np.float32)
+    deltas = np.empty(RUN, dtype=np.float32)
+    words = np.empty(RUN // 2, dtype=np.uint64)
     room = np.zeros((len(stored), RUN), dtype=np.float32)
+    worst = np.uint32(0)
     for low in range(0, out.size, RUN):
         high = min(low + RUN, out.size)
-        bases, result = base[low:high], out[low:high]
+        _widen_base(base[low:high], bases)
         for i in range(len(stored)):
-            part = stored[i][low:high]
-            decides = random or (np.float32(0.0) < share[i] < np.float32(1.0) and _equals(part, bases, value[i]) > 0)
-            if decides:
-                draw(keys[i, 0], keys[i, 1], start + low, room[i][: high - low])
-        parts = _cut_out(stored, low, high)
-        if not random:
-            _trim_and_elect(parts, bases, value, share, density, room, weight, scale, normalize, total, factor, result)
-        elif elected:
-            _drop_and_elect(parts, bases, value, share, density, room, weight, scale, normalize, total, factor, result)
-        else:
-            _drop_and_add(parts, bases, value, share, density, room, weight, scale, normalize, total, factor, result)
+            _subtract(stored[i][low:high], bases, deltas)
+            bits = marks[i, (first + low // RUN) % marks.shape[1]]
+            if rule == _TRIM:
+                _trim(deltas, value[i], limit[i], keys[i], start + low, room[i], bits)
+            else:
+                if rule == _DROP:
+                    draw_below(keys[i], start + low, limit[i], words, bits)
+                _choose(deltas, bits, room[i])
+        result = out[low:high]
+        run_worst = _combine(kind, room, bases, weight, scale, total, factor, result)
+        worst = max(worst, run_worst)
+    return bool(worst >= INFINITE)
 
 
-def _cut_out(stored: Any, low: int, high: int) -> Any:
-    """Elements [low, high) of each model's array."""
-    raise NotImplementedError
-
-
-@overload(_cut_out)
-def _written_cut_out(stored, low, high):
-    items = "".join(f"stored[{i}][low:high], " for i in range(len(stored)))
-    space: dict[str, Any] = {}
-    exec(f"def cut(stored, low, high): return ({items})", space)
-    return space["cut"]
-
-
-def _rule(method: Any, given: Given, *, random: bool) -> tuple[Any, ...]:
-    """How a method keeps entries: the rule, and per model the cut's value and share, and the density."""
-    density = np.ascontiguousarray(method.density.reshape(-1))
-    zeros = np.zeros(given.models, dtype=np.float32)
-    if random:
-        return _DROP, zeros, zeros, density
-    cut = given["cut"]
-    if cut is None:
-        return _KEEP_ALL, zeros, zeros, density
-    return _TRIM, np.ascontiguousarray(cut.value[:, 0]), np.ascontiguousarray(cut.share[:, 0]), density
-
-
-def _keys(given: Given) -> Any:
-    return np.array(given.streams, dtype=np.uint64).reshape(-1, 2)
-
-
-def tile(method: Any, given: Given, *, random: bool, elected: bool) -> Any:
-    """The tile of a method that keeps, weighs and mixes deltas: float32 [t]."""
-    stored = elements(given)
-    if stored is None:
-        return None
-    weight = np.ascontiguousarray(method.weight.reshape(-1))
-    factors = given["factors"]
-    scale = weight if factors is None else np.ascontiguousarray((method.weight * factors).reshape(-1))
-    total_weight = divisor(weight) if method.normalize and not elected else 1.0
-    out = given.scratch.array("values", (given.count,), np.float32)
-    rule, value, share, density = _rule(method, given, random=random)
-    if rule == _KEEP_ALL:  # a cut below every magnitude
-        value, share = value - np.float32(1.0), share
-    numbers = (_plain(value, np.float32), _plain(share, np.float32), _plain(density, float), _keys(given), given.start)
-    settings = (
-        _plain(weight, float),
-        _plain(scale, float),
-        bool(method.normalize),
-        total_weight,
-        float(method.lambda_),
-    )
-    _mix(stored[:-1], stored[-1], random, elected, *numbers, *settings, out)
-    return out
-
-
-def _plain(numbers: Any, kind: Any) -> tuple[Any, ...]:
-    """One number per model as a tuple, which the kernel holds in registers."""
-    return tuple(kind(number) for number in numbers)
-
-
-def magnitudes(method: Any, given: Given, *, kept: bool, random: bool) -> Any:
-    """Partial results of Σ abs(d_i), of all entries or of those kept: lanes [blocks, n, 256]."""
-    stored = elements(given)
-    if stored is None:
-        return None
-    lanes = np.zeros((given.models, -(-given.count // BLOCK), LANES))
-    rule, value, share, density = _rule(method, given, random=random) if kept else _nothing_dropped(given)
-    keys = _keys(given)
-    for i in range(given.models):
-        settings = (rule, value[i], share[i], density[i], keys[i], given.start, BLOCK)
-        _add_magnitudes(stored[i], stored[-1], *settings, lanes[i])
-    return lanes.transpose(1, 0, 2)
-
-
-def _nothing_dropped(given: Given) -> tuple[Any, ...]:
-    zeros = np.zeros(given.models, dtype=np.float32)
-    return _KEEP_ALL, zeros, zeros, np.zeros(given.models)
+def _limits(share: Any) -> Any:
+    """The number below which a random number times GRID must be for the entry to be kept, uint32 [n]."""
+    return np.clip(np.ceil(np.asarray(share, dtype=np.float64) * GRID), 0, GRID).astype(np.uint32)
 
 
 @JIT
-def _count_magnitudes(stored: Any, base: Any, targets: Any, prefixes: Any) -> None:
-    """Histograms of the 16-bit digits of abs(d): of the upper ones, or of the lower ones behind each prefix."""
+def _count_upper(stored: Any, base: Any, histogram: Any) -> None:
+    """The histogram of the upper 16 bits of abs(d)."""
     bits = np.empty(RUN, dtype=np.uint32)
     for low in range(0, stored.size, RUN):
         high = min(low + RUN, stored.size)
-        part = bits[: high - low]
-        _magnitude_bits(stored[low:high], base[low:high], part)
-        if prefixes.size == 0:
-            target = targets[0]
-            for j in range(part.size):
-                target[part[j] >> np.uint32(16)] += 1
+        _magnitude_bits(stored[low:high], base[low:high], bits)
+        for j in range(high - low):
+            histogram[bits[j] >> np.uint32(16)] += 1
+
+
+@JIT
+def _count_lower(stored: Any, base: Any, histograms: Any, prefixes: Any) -> None:
+    """The histograms of the lower 16 bits of the abs(d) that begin with each prefix."""
+    bits = np.empty(RUN, dtype=np.uint32)
+    for low in range(0, stored.size, RUN):
+        high = min(low + RUN, stored.size)
+        _magnitude_bits(stored[low:high], base[low:high], bits)
         for place in range(prefixes.size):
-            target = targets[place]
-            for j in range(part.size):
-                if part[j] >> np.uint32(16) == prefixes[place]:
-                    target[part[j] & np.uint32(0xFFFF)] += 1
+            histogram = histograms[place]
+            for j in range(high - low):
+                if bits[j] >> np.uint32(16) == prefixes[place]:
+                    histogram[bits[j] & np.uint32(0xFFFF)] += 1
+
+
+@JIT
+def _magnitude_bits(stored: Any, base: Any, out: Any) -> None:
+    """The bits of abs(d) of a run; zeros beyond its end."""
+    for j in range(stored.size):
+        delta = np.float32(widen(stored[j]) - widen(base[j]))
+        out[j] = np.uint32(delta.view(np.uint32) & np.uint32(0x7FFFFFFF))
+    for j in range(stored.size, RUN):
+        out[j] = np.uint32(0)
+
+
+@JIT
+def _keep_magnitudes(stored: Any, base: Any, low: Any, high: Any, room: Any) -> tuple[int, int]:
+    """How many abs(d) are above the bracket [low, high], and how many inside, whose bits go to `room`."""
+    bits = np.empty(RUN, dtype=np.uint32)
+    marks = np.empty(COLUMNS, dtype=np.uint8)
+    above, found = 0, 0
+    for start in range(0, stored.size, RUN):
+        stop = min(start + RUN, stored.size)
+        _magnitude_bits(stored[start:stop], base[start:stop], bits)
+        more, found = keep_between(bits, low, high, room, marks, found)
+        above += more
+    return above, found
 
 
 def cut(method: Any, given: Given, reducer: Any) -> Any:
@@ -304,23 +274,113 @@ def cut(method: Any, given: Given, reducer: Any) -> Any:
     stored = elements(given)
     if stored is None:
         return None
+    counts = given.once("counts to keep", lambda: counts_to_keep(method.density, given["size"]))
+    if reducer.brackets is not None:
+        room = given.scratch.array("inside", (given.count,), np.uint32)
+        return between(
+            reducer,
+            counts,
+            lambda row, low, high: (*_keep_magnitudes(stored[row], stored[-1], low, high, room), room),
+        )
     histogram = histograms(reducer, given.models)
     prefixes = reducer.prefixes(given.models).astype(np.uint32)
     for i in range(given.models):
-        _count_magnitudes(stored[i], stored[-1], histogram[i], prefixes[i])
-    return counts_to_keep(method.density, given["size"]).reshape(given.models, -1), histogram
+        if prefixes.shape[1]:
+            _count_lower(stored[i], stored[-1], histogram[i], prefixes[i])
+        else:
+            _count_upper(stored[i], stored[-1], histogram[i, 0])
+    return counts.reshape(given.models, -1), histogram
 
 
-FUNCTIONS: dict[tuple[str, str], Any] = {
+def _keys(given: Given) -> Any:
+    return np.array(given.streams, dtype=np.uint64).reshape(-1, 2)
+
+
+_DRAWN = "which entries dare keeps"
+
+
+def _marks(given: Given, *, lasting: Any) -> tuple[Any, int]:
+    """Room for the bits of runs, [n, runs, COLUMNS], and the place of the tile's first run in it.
+
+    `lasting` is what the tensor keeps between passes; where it is None, there is room for one run at a time.
+    """
+    if lasting is None:
+        return given.scratch.array("marks", (given.models, 1, COLUMNS), np.uint8), 0
+    return lasting, given.start // RUN
+
+
+def _trimming(given: Given) -> tuple[Any, Any]:
+    """Value and limit of each model's cut. A share of 1 keeps all that equal the value: a cut just below it."""
+    cut = given["cut"]
+    if cut is None:  # below every magnitude
+        return np.full(given.models, -1.0, dtype=np.float32), np.zeros(given.models, dtype=np.uint32)
+    value, share = np.ascontiguousarray(cut.value[:, 0]), cut.share[:, 0]
+    whole = share >= 1.0
+    value = np.where(whole, np.nextafter(value, np.float32(-1.0)), value)
+    return value, np.where(whole, np.uint32(0), _limits(share))
+
+
+def tile(method: Any, given: Given, out: Any, *, random: bool, elected: bool) -> bool | None:
+    """The tile of a method that keeps, weighs and mixes deltas, as stored elements of the output."""
+    stored = elements(given)
+    if stored is None:
+        return None
+    settings = given.once("settings of the tile", lambda: _settings(method, given, random=random, elected=elected))
+    value, limit, keys, kind, weight, scale, total = settings
+    lasting = given.kept(_DRAWN)
+    rule = (_DROP if lasting is None else _DROP_AGAIN) if random else _TRIM
+    numbers = (rule, kind, value, limit, keys, given.start, *_marks(given, lasting=lasting))
+    return bool(_mix(stored[:-1], stored[-1], *numbers, weight, scale, total, float(method.lambda_), out))
+
+
+def _settings(method: Any, given: Given, *, random: bool, elected: bool) -> tuple[Any, ...]:
+    """What is the same for all tiles of the tensor."""
+    weight = method.weight.reshape(-1)
+    factors = given["factors"]
+    scale = weight if factors is None else (method.weight * factors).reshape(-1)
+    if random:
+        value, limit = np.zeros(given.models, dtype=np.float32), _limits(method.density.reshape(-1))
+    else:
+        value, limit = _trimming(given)
+    kind = (ELECT_MEAN if method.normalize else ELECT_SUM) if elected else ADD
+    total = divisor(weight) if method.normalize else 1.0
+    return value, limit, _keys(given), kind, plain(weight), plain(scale), total
+
+
+def magnitudes(method: Any, given: Given, *, random: bool) -> Any:
+    """Partial results of Σ abs(d_i) and of Σ abs of what is kept: lanes [blocks, n, 256] of both."""
+    stored = elements(given)
+    if stored is None:
+        return None
+    whole, kept = (np.zeros((given.models, -(-given.count // BLOCK), LANES)) for _ in range(2))
+    if random:
+        value, limit = np.zeros(given.models, dtype=np.float32), _limits(method.density.reshape(-1))
+    else:
+        value, limit = _trimming(given)
+    shape = (given.models, -(-given.size // RUN), COLUMNS)
+    marks, first = _marks(given, lasting=given.keep(_DRAWN, shape) if random else None)
+    keys = _keys(given)
+    for i in range(given.models):
+        settings = (_DROP if random else _TRIM, value[i], limit[i], keys[i], given.start, BLOCK)
+        _add_magnitudes(stored[i], stored[-1], *settings, marks[i], first, whole[i], kept[i])
+    return whole.transpose(1, 0, 2), kept.transpose(1, 0, 2)
+
+
+def _first(parts: Any) -> Any:
+    return None if parts is None else parts[0]
+
+
+def _second(parts: Any) -> Any:
+    return None if parts is None else parts[1]
+
+
+FUNCTIONS: dict[tuple[str, ...], Any] = {
     ("ties", "cut"): cut,
-    ("ties", "whole"): lambda method, given, reducer: magnitudes(method, given, kept=False, random=False),
-    ("ties", "kept"): lambda method, given, reducer: magnitudes(method, given, kept=True, random=False),
-    ("ties", "tile"): lambda method, given: tile(method, given, random=False, elected=True),
-    ("dare_linear", "whole"): lambda method, given, reducer: magnitudes(method, given, kept=False, random=True),
-    ("dare_linear", "kept"): lambda method, given, reducer: magnitudes(method, given, kept=True, random=True),
-    ("dare_linear", "tile"): lambda method, given: tile(method, given, random=True, elected=False),
-    ("dare_ties", "whole"): lambda method, given, reducer: magnitudes(method, given, kept=False, random=True),
-    ("dare_ties", "kept"): lambda method, given, reducer: magnitudes(method, given, kept=True, random=True),
-    ("dare_ties", "tile"): lambda method, given: tile(method, given, random=True, elected=True),
+    ("ties", "kept"): lambda method, given, reducer: _second(magnitudes(method, given, random=False)),
+    ("ties", "tile"): lambda method, given, out: tile(method, given, out, random=False, elected=True),
+    ("dare_linear", "whole", "kept"): lambda method, given, *reducers: magnitudes(method, given, random=True),
+    ("dare_linear", "tile"): lambda method, given, out: tile(method, given, out, random=True, elected=False),
+    ("dare_ties", "whole", "kept"): lambda method, given, *reducers: magnitudes(method, given, random=True),
+    ("dare_ties", "tile"): lambda method, given, out: tile(method, given, out, random=True, elected=True),
 }
-"""(method, function) -> kernel."""
+"""(method, function) or (method, reductions of one pass...) -> kernel."""
