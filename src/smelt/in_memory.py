@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from smelt.dtypes import BY_NAME, Bytes, DType
+from smelt.engine.backends import CPU, choose
 from smelt.engine.run import check_equal, run
 from smelt.errors import InputError, RecipeError, raise_all
 from smelt.methods import api
@@ -32,13 +33,14 @@ def merge_state_dicts(
     seed: int = 0,
     workers: int | None = None,
     tile: int | None = None,
+    device: str = CPU,
     **parameters: Any,
 ) -> dict[str, Any]:
     """Merge state dicts (name -> NumPy array or torch tensor) and return one of the same kind.
 
     `base` may be one of `models`. `parameters` are the method's settings; a per-model one takes a number, or a sequence
     of one number per model. `lambda` is written `lambda_`. Random methods draw the same numbers as a merge of files
-    with the same seed does.
+    with the same seed does. `device` is where the method works, as in `smelt.merge`; the result is on the CPU.
 
     Raises RecipeError, InputError or NumericError.
 
@@ -49,6 +51,7 @@ def merge_state_dicts(
     for name, number in (("workers", workers), ("tile", tile)):
         if number is not None and number < 1:
             raise RecipeError(f"{name} must be at least 1, not {number}", fix="leave it out for the default")
+    backend = choose(device)
     if not models:
         raise RecipeError("there is no model to merge", fix="give at least one state dict")
     if isinstance(models, Mapping) or not all(isinstance(model, Mapping) for model in models):
@@ -67,7 +70,8 @@ def merge_state_dicts(
     kind = "torch" if _is_torch(next(iter(models[0].values()), None)) else "numpy"
     _check_types(plan, kind)
     sink = _Memory(plan)
-    run(plan, sources, sink, workers=workers, tile=tile, allow_nonfinite="nonfinite" in recipe.allow)
+    nonfinite = "nonfinite" in recipe.allow
+    run(plan, sources, sink, workers=workers, tile=tile, allow_nonfinite=nonfinite, backend=backend)
     return {
         entry.name: _from_bytes(sink.data[entry.name], entry.dtype, entry.shape, kind=kind) for entry in plan.entries
     }

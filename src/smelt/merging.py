@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from smelt.engine.backends import CPU, check_name, choose
 from smelt.engine.copying import Known
 from smelt.engine.forecast import Forecast, forecast
 from smelt.engine.run import RunResult, check_equal, run
@@ -40,6 +41,7 @@ SHARD_BYTES = 5_000_000_000
 ALLOWED = get_args(Relaxation)
 """What `allow` may relax."""
 
+_ON_DEVICE = "worked out on the device {}: numbers may differ in the last place from those of a merge on the CPU"
 _REPAIR = "repair or drop the models that hold them, or leave --strict out"
 
 Progress = Callable[[int, int], None]
@@ -87,6 +89,7 @@ def prepare(
     seed: int = 0,
     workers: int | None = None,
     tile: int | None = None,
+    device: str = CPU,
     trust_methods: bool = False,
     weights: bool = True,
 ) -> Iterator[Prepared]:
@@ -98,6 +101,7 @@ def prepare(
     """
     allowed = allowances(allow)
     check_numbers(workers=workers, tile=tile)
+    check_name(device)
     beside = None
     if isinstance(recipe, str | Path):
         path = Path(recipe)
@@ -111,13 +115,14 @@ def prepare(
             raise_all([*problems, *missing_folders(recipe.mentions(), beside=beside)])
         opened = open_models(recipe.mentions(), beside=beside, stack=stack, weights=weights)
         plan = build(recipe, opened, allow=allowed, seed=seed)
+        if device != CPU:
+            plan = replace(plan, notes=(*plan.notes, _ON_DEVICE.format(device)))
         models = tuple({id(opened[name.text]): opened[name.text] for name in recipe.model_names()}.values())
         if strict and plan.warnings:
             raise RecipeError(_strictly(len(plan.warnings)), where=list(plan.warnings))
         tokenizer = next(model for model in opened.values() if model.name == plan.tokenizer)
-        yield Prepared(
-            recipe, opened, models, tokenizer, plan, forecast(plan, workers=workers, tile=tile), method_files
-        )
+        predicted = forecast(plan, workers=workers, tile=tile, device=device)
+        yield Prepared(recipe, opened, models, tokenizer, plan, predicted, method_files)
 
 
 def allowances(allow: Iterable[str]) -> frozenset[str]:
@@ -189,6 +194,7 @@ def merge(
     shard_bytes: int = SHARD_BYTES,
     workers: int | None = None,
     tile: int | None = None,
+    device: str = CPU,
     hash_inputs: bool = False,
     trust_methods: bool = False,
     trust_digests: bool = False,
@@ -199,7 +205,8 @@ def merge(
 
     `allow` relaxes checks by name (`extra_tensor`, `missing_tensor`, `nonfinite`, `vocabulary`); `strict` makes
     warnings errors; `seed` drives the random methods; `workers` (threads) and `tile` (elements) change the speed, never
-    the result; `hash_inputs` records the sha256 of every input file; `trust_methods` lets the recipe load method files,
+    the result; `device` is where methods work, `cpu` or with torch `cuda` (`cuda:1`), where numbers may differ in the
+    last place; `hash_inputs` records the sha256 of every input file; `trust_methods` lets the recipe load method files,
     which are code; `trust_digests` copies tensors that stay as they are unread, with the digests that the `smelt.json`
     of their model names. `progress` is called with (bytes done, bytes in all), `on_plan` once before all writing.
 
@@ -210,8 +217,16 @@ def merge(
     allowed = allowances(allow)
     check_numbers(shard_bytes=shard_bytes)
     with prepare(
-        recipe, allow=allowed, strict=strict, seed=seed, workers=workers, tile=tile, trust_methods=trust_methods
+        recipe,
+        allow=allowed,
+        strict=strict,
+        seed=seed,
+        workers=workers,
+        tile=tile,
+        device=device,
+        trust_methods=trust_methods,
     ) as prepared:
+        backend = choose(device)
         plan, models = prepared.plan, prepared.models
         _refuse_overlap(out, _inputs(recipe, prepared))
         shards = layout([OutputTensor(e.name, e.dtype, e.shape) for e in plan.entries], shard_bytes=shard_bytes)
@@ -233,6 +248,7 @@ def merge(
                     workers=workers,
                     tile=tile,
                     allow_nonfinite="nonfinite" in allowed or "nonfinite" in prepared.recipe.allow,
+                    backend=backend,
                     known=_known(plan, sources, folder, claims),
                     progress=progress,
                 )
@@ -250,7 +266,7 @@ def merge(
             nonfinite = {r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created}
             if strict and nonfinite:
                 raise NumericError(_strictly(1), where=_nonfinite_warnings(nonfinite), fix=_REPAIR)
-            _write_papers(folder, prepared, done, papers, hashes, claims)
+            _write_papers(folder, prepared, done, papers, hashes, claims, device=backend.described())
             committing = time.perf_counter()
             folder.commit()
             commit_seconds = time.perf_counter() - committing
@@ -351,6 +367,8 @@ def _write_papers(
     papers: Mapping[str, bytes],
     hashes: Mapping[tuple[int, str], str],
     claims: Mapping[str, Claim],
+    *,
+    device: Mapping[str, str] | None,
 ) -> None:
     """The papers and the record, into the build folder."""
     for file, content in papers.items():
@@ -369,6 +387,7 @@ def _write_papers(
             companions={file: file_digest(content) for file, content in papers.items()},
             method_files={published_names(prepared)[file]: sha for file, sha in prepared.method_files.items()},
             trusted=claims,
+            device=device,
         ),
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from smelt.dtypes import BY_NAME
 from smelt.engine import run as engine
+from smelt.engine.backends import HOST, Backend
 from smelt.engine.rng import key, uniform
 from smelt.engine.tensor import TensorResult
 from smelt.methods import api
@@ -123,13 +124,21 @@ def merge_tensors(
     keep_bytes: int = engine.KEEP_BYTES,
     allow_nonfinite: bool = False,
     kernels: bool = False,
+    backend: Backend = HOST,
 ) -> dict[str, Outcome]:
     """Merge several tensors in one run. `keep_bytes` is what the engine may hold between passes."""
     plan, sources = plan_of(method, models, base, values=values, out=out, seed=seed)
     sink = Memory(plan.entries)
     with mock.patch.object(engine, "KEEP_BYTES", keep_bytes):
         done = engine.run(
-            plan, sources, sink, workers=workers, tile=tile, allow_nonfinite=allow_nonfinite, kernels=kernels
+            plan,
+            sources,
+            sink,
+            workers=workers,
+            tile=tile,
+            allow_nonfinite=allow_nonfinite,
+            kernels=kernels,
+            backend=backend,
         )
     return {
         entry.name: Outcome(sink.data[entry.name].view(out).reshape(entry.shape), result)

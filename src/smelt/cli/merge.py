@@ -11,7 +11,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from smelt.cli.options import Allow, Flag, Json, Quiet, Seed, Verbose
-from smelt.cli.show import count_text, counted, parse_size, progress, size_text, visible
+from smelt.cli.show import count_text, counted, on_device, parse_size, progress, size_text, visible
+from smelt.engine.backends import CPU
 from smelt.merging import MergeReport, Prepared
 from smelt.merging import merge as run_merge
 
@@ -24,6 +25,7 @@ def merge(
     overwrite: Flag = False,
     shard_size: Annotated[str, Parameter(name=["--shard-size", "--out-shard-size"])] = "5GB",
     threads: int | None = None,
+    device: str = CPU,
     seed: Seed = 0,
     allow: Allow = [],  # noqa: B006
     strict: Flag = False,
@@ -48,6 +50,8 @@ def merge(
         Most bytes of tensors in one file, such as 5GB.
     threads
         Worker threads; all cores by default. The result does not depend on it.
+    device
+        Where the methods work: cpu, or with torch cuda (cuda:1); numbers may differ in the last place.
     seed
         Seed of the random methods.
     allow
@@ -77,6 +81,7 @@ def merge(
             overwrite=overwrite,
             shard_bytes=parse_size(shard_size),
             workers=threads,
+            device=device,
             seed=seed,
             allow=allow,
             strict=strict,
@@ -100,7 +105,7 @@ def _say_plan(prepared: Prepared, out: Path, *, verbose: bool) -> None:
     print(
         f"{counted(len(plan.entries), 'tensor')}, {count_text(plan.parameters)} parameters; reads "
         f"{size_text(forecast.bytes_read)}, writes {size_text(forecast.bytes_written)}, "
-        f"at most about {size_text(forecast.memory)} of memory",
+        f"at most about {size_text(forecast.memory)} of memory{on_device(forecast.device, forecast.device_memory)}",
         file=sys.stderr,
     )
     if verbose:

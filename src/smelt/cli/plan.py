@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from smelt.cli.options import Allow, Flag, Json, Seed
-from smelt.cli.show import count_text, counted, size_text, table, visible
+from smelt.cli.show import count_text, counted, on_device, size_text, table, visible
+from smelt.engine.backends import CPU
 from smelt.errors import RecipeError, nearest
 from smelt.merging import Prepared, prepare
 from smelt.planning.entries import PlannedModel
@@ -19,6 +20,7 @@ def plan(
     *,
     explain: str | None = None,
     threads: int | None = None,
+    device: str = CPU,
     seed: Seed = 0,
     allow: Allow = [],  # noqa: B006
     strict: Flag = False,
@@ -37,6 +39,8 @@ def plan(
         A tensor (or a part of names): show how each of its numbers came about.
     threads
         Worker threads the prediction is for; all cores by default.
+    device
+        The device the prediction is for: cpu, cuda or cuda:1. It need not be there.
     seed
         Seed of the random methods.
     allow
@@ -54,6 +58,7 @@ def plan(
         strict=strict,
         seed=seed,
         workers=threads,
+        device=device,
         trust_methods=trust_methods,
         weights=False,
     ) as prepared:
@@ -69,6 +74,9 @@ def plan(
                 "memory": prepared.forecast.memory,
                 "threads": prepared.forecast.workers,
             }
+            if prepared.forecast.device != CPU:
+                tree["forecast"]["device"] = prepared.forecast.device
+                tree["forecast"]["device_memory"] = prepared.forecast.device_memory
             print(json.dumps(tree, indent=1))
         else:
             print(visible(_text(prepared)))
@@ -111,9 +119,10 @@ def _text(prepared: Prepared) -> str:
     lines += ["tensors", table(rows)]
     layers = "".join(f", {len(layers)} layers in {stack}" for stack, layers in plan.restacked.items())
     lines.append(f"{counted(len(plan.entries), 'tensor')}, {count_text(plan.parameters)} parameters{layers}")
+    where = on_device(forecast.device, forecast.device_memory)
     lines.append(
         f"reads {size_text(forecast.bytes_read)}, writes {size_text(forecast.bytes_written)}, "
-        f"at most about {size_text(forecast.memory)} of memory with {forecast.workers} threads"
+        f"at most about {size_text(forecast.memory)} of memory with {forecast.workers} threads{where}"
     )
     lines += [f"note: {note}" for note in plan.notes]
     lines += [f"warning: {warning}" for warning in plan.warnings]

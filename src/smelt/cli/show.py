@@ -48,6 +48,15 @@ def counted(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
+def on_device(device: str, memory: int) -> str:
+    """What each thread takes of a device's memory, to follow that of the host; nothing where that is 0, as on the CPU.
+
+    >>> on_device("cuda:1", 350_000_000)
+    ', and about 350 MB on cuda:1 for each thread'
+    """
+    return f", and about {size_text(memory)} on {device} for each thread" if memory else ""
+
+
 def parse_size(text: str) -> int:
     """Bytes of a text such as `5GB`, `500 MB`, `2GiB` or `1000000`. Raises RecipeError."""
     if re.fullmatch(r"\s*\d+(\.\d+)?\s*B\s*", text):

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from smelt.engine.backends import CPU, default_tile, default_workers
 from smelt.engine.copying import PIECE
 from smelt.engine.reducing import bind, schedule
-from smelt.engine.run import KEEP_BYTES, default_workers, worth_kernels
-from smelt.engine.tiles import DEFAULT_TILE, Geometry
+from smelt.engine.run import KEEP_BYTES, worth_kernels
+from smelt.engine.tiles import Geometry
 from smelt.planning.entries import Action, Entry, Plan
 
 INTERPRETER = 120 << 20
 """Resident bytes of Python with NumPy and what smelt loads, before any tile."""
 COMPILER = 180 << 20
 """Resident bytes of numba at its largest: while it compiles, the first time a kernel is used on a machine."""
+TORCH = 1 << 30
+"""Resident bytes of torch with what it loads for a device."""
 PER_ENTRY = 3000
 """Bytes of bookkeeping per output tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Bytes read count each pass that cannot keep its input; `memory` is an upper estimate of the resident peak."""
+    """Bytes read count each pass that cannot keep its input; `memory` is an upper estimate of the resident peak.
+
+    `device_memory` is an estimate of the device's memory that one worker needs; 0 on the CPU.
+    """
 
     bytes_read: int
     bytes_written: int
     passes: dict[str, int]
     memory: int
     workers: int
+    device: str = CPU
+    device_memory: int = 0
 
 
 def passes(entry: Entry) -> int:
@@ -36,31 +44,37 @@ def passes(entry: Entry) -> int:
     return 1 + max((start + r.reducer.rounds for start, r in schedule(bind(entry).active())), default=0)
 
 
-def forecast(plan: Plan, *, workers: int | None = None, tile: int | None = None) -> Forecast:
+def forecast(plan: Plan, *, workers: int | None = None, tile: int | None = None, device: str = CPU) -> Forecast:
     """Predict a run with these settings."""
-    workers = workers or default_workers()
-    tile = tile or DEFAULT_TILE
+    workers = workers or default_workers(device)
+    tile = tile or default_tile(device)
     read = 0
     counts: dict[str, int] = {}
-    largest = kept = 0
+    stored = worked = largest = kept = 0
     for entry in plan.entries:
         count = counts[entry.name] = passes(entry)
         fits = entry.input_bytes <= KEEP_BYTES
         kept += entry.input_bytes if count > 1 and fits else 0
         read += entry.input_bytes * (1 if fits else count)
-        largest = max(largest, _worker_bytes(entry, tile))
-    memory = INTERPRETER + PER_ENTRY * len(plan.entries) + workers * largest + min(kept, KEEP_BYTES)
+        buffers, tiles = _worker_bytes(entry, tile)
+        stored, worked, largest = max(stored, buffers), max(worked, tiles), max(largest, buffers + tiles)
+    memory = INTERPRETER + PER_ENTRY * len(plan.entries) + min(kept, KEEP_BYTES)
+    if device != CPU:  # stored bytes of a task are on the host, those of a tile on the device as well
+        return Forecast(
+            read, plan.output_bytes, counts, memory + TORCH + workers * stored, workers, device, stored + worked
+        )
+    memory += workers * largest
     if worth_kernels(plan):
         memory += COMPILER
     return Forecast(read, plan.output_bytes, counts, memory, workers)
 
 
-def _worker_bytes(entry: Entry, tile: int) -> int:
-    """Buffers of one worker for this tensor: stored bytes of a task, float32 tiles and float64 temporaries."""
+def _worker_bytes(entry: Entry, tile: int) -> tuple[int, int]:
+    """Of one worker for this tensor: buffers of a task's stored bytes; float32 tiles and float64 temporaries."""
     if entry.action is not Action.MERGE:
-        return min(PIECE, entry.nbytes)
+        return min(PIECE, entry.nbytes), 0
     geometry = Geometry.of(entry.shape, bind(entry).grain, tile=tile)
     task, tile = min(geometry.task, geometry.size), min(geometry.tile, geometry.size)
     stored = sum(source.tensor.dtype.nbytes(8 * task) // 8 for source in entry.sources)
     models = len(entry.sources)
-    return stored + entry.dtype.nbytes(8 * task) // 8 + 4 * task + tile * (4 * (3 * models + 2) + 8 * (models + 6))
+    return stored + entry.dtype.nbytes(8 * task) // 8, 4 * task + tile * (4 * (3 * models + 2) + 8 * (models + 6))

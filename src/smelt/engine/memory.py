@@ -17,8 +17,9 @@ class Budget:
     every 4 KiB.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, empty: Callable[..., Any] = np.empty) -> None:
         self._limit = self._left = limit
+        self._empty = empty
         self._spare: dict[int, list[Any]] = {}
         self._lock = threading.Lock()
 
@@ -34,7 +35,7 @@ class Budget:
             if size > self._left:
                 return None
             self._left -= size
-        return np.empty(size, dtype=np.uint8)
+        return self._empty(size, dtype=np.uint8)
 
     def give(self, array: Any) -> None:
         """Take an array back."""

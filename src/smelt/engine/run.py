@@ -8,7 +8,6 @@ and only a few are open at a time.
 from __future__ import annotations
 
 import heapq
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from smelt.engine.backends import HOST, Backend, default_tile, default_workers
 from smelt.engine.copying import CopyRun, Known
 from smelt.engine.kernels import DEFINITIONS, Kernels, fused
 from smelt.engine.memory import Budget
 from smelt.engine.tensor import Settings, Sink, TensorResult, TensorRun
-from smelt.engine.tiles import DEFAULT_TILE, Scratch
+from smelt.engine.tiles import Scratch
 from smelt.errors import InputError, SmeltError, raise_all
 from smelt.planning.entries import Action, Entry, Input, Plan
 from smelt.storage.checkpoint import TensorSource
@@ -51,13 +51,6 @@ class RunResult:
     bytes_written: int
 
 
-def default_workers() -> int:
-    """As many as the cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def run(
     plan: Plan,
     sources: Sequence[TensorSource],
@@ -68,21 +61,28 @@ def run(
     allow_nonfinite: bool = False,
     kernels: bool | None = None,
     known: Mapping[str, Known] | None = None,
+    backend: Backend = HOST,
     progress: Progress | None = None,
 ) -> RunResult:
     """Carry out a plan: read `sources` (one per model of the plan), write every tensor into `sink`.
 
     The result does not depend on `workers` (threads), `tile` (elements a method sees at once) or `kernels` (whether
-    compiled ones are used; None: if the merge is large enough to repay loading them). Copied tensors that are in
-    `known` are moved unread. Raises the first error of any worker; KeyboardInterrupt stops them and is passed on.
+    compiled ones are used; None: if the merge is large enough to repay loading them). `backend` is where methods work.
+    Copied tensors that are in `known` are moved unread. Raises the first error of any worker; KeyboardInterrupt stops
+    them and is passed on.
     """
+    if backend.kernels is not None:
+        chosen = backend.kernels
+    else:
+        chosen = _kernels() if kernels or (kernels is None and worth_kernels(plan)) else DEFINITIONS
     settings = Settings(
-        workers=workers or default_workers(),
-        tile=tile or DEFAULT_TILE,
+        workers=workers or default_workers(backend.name),
+        tile=tile or default_tile(backend.name),
         seed=plan.seed,
         keep_bytes=KEEP_BYTES,
         allow_nonfinite=allow_nonfinite,
-        kernels=_kernels() if kernels or (kernels is None and worth_kernels(plan)) else DEFINITIONS,
+        kernels=chosen,
+        backend=backend,
     )
     started = time.perf_counter()
     crew = _Crew(plan, sources, sink, settings, known or {})
@@ -117,7 +117,7 @@ class _Crew:
         self._sources = sources
         self._sink = sink
         self._settings = settings
-        self._budget = Budget(settings.keep_bytes)
+        self._budget = Budget(settings.keep_bytes, settings.backend.empty)
         self._ready: list[tuple[int, int, int]] = []
         self._open: dict[int, TensorRun | CopyRun] = {}
         self._left: dict[int, int] = {}
@@ -159,16 +159,17 @@ class _Crew:
         return [result for result in self._results if result is not None]
 
     def _worker(self) -> None:
-        scratch = Scratch()
+        scratch = Scratch(self._settings.backend.empty)
         index = -1
         try:
-            while (taken := self._take()) is not None:
-                index, number, task = taken
-                if task == _OPEN:
-                    self._begin(index, scratch)
-                    continue
-                read, written = self._open[index].task(task, scratch)
-                self._done(index, number, read, written, scratch)
+            with self._settings.backend.working():
+                while (taken := self._take()) is not None:
+                    index, number, task = taken
+                    if task == _OPEN:
+                        self._begin(index, scratch)
+                        continue
+                    read, written = self._open[index].task(task, scratch)
+                    self._done(index, number, read, written, scratch)
         except BaseException as error:
             with self._changed:
                 self._fail(index, error)
@@ -182,7 +183,7 @@ class _Crew:
     def _placed(self, error: BaseException) -> BaseException:
         if isinstance(error, MemoryError):
             return SmeltError("not enough memory for the tiles", fix="use fewer threads (--threads 1)")
-        return error
+        return self._settings.backend.explained(error) or error
 
     def _take(self) -> tuple[int, int, int] | None:
         with self._changed:

@@ -18,6 +18,7 @@ import numpy as np
 
 from smelt import dtypes
 from smelt.dtypes import DType
+from smelt.engine.backends import HOST, Backend
 from smelt.engine.given import Given
 from smelt.engine.kernels import DEFINITIONS, Kernels
 from smelt.engine.memory import Budget, TensorMemory
@@ -61,6 +62,7 @@ class Settings:
     keep_bytes: int
     allow_nonfinite: bool = False
     kernels: Kernels = DEFINITIONS
+    backend: Backend = HOST
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class TensorRun:
         self._inherited = self._created = 0
         self._kept: list[Any] | None = None
         self._method: Any = bind(entry)
+        self._placed: Any = settings.backend.method(self._method)
         self._results = dict.fromkeys(reduction.name for reduction in self._method.info.reductions)
         self._streams = [key(settings.seed, entry.name, source.stream) for source in entry.inputs]
         self.geometry = Geometry.of(entry.shape, self._method.grain, tile=settings.tile)
@@ -205,6 +208,8 @@ class TensorRun:
         reduction = running.reduction
         if self.geometry.size < _WORTH_SAMPLE or self.geometry.grain is not Grain.ELEMENT:
             return
+        if self._settings.backend.kernels is not None:  # a device counts digits: it has no pass around a guess
+            return
         if "uniform" in reduction.arguments:  # a sample is not a range of the random stream
             return
         stored = []
@@ -218,27 +223,32 @@ class TensorRun:
             stored.append((buffer, dtype))
         given = self._tile_given(stored, 0, chunks * length, scratch)
         with np.errstate(all="ignore"):
-            numbers, counts = self._call(reduction.function, reduction.arguments, given)
+            numbers, counts = self._call(reduction.function, reduction.arguments, given, method=self._method)
             running.reducer.guess((np.asarray(numbers).reshape(-1, chunks, length), counts))
 
     def _derive(self) -> None:
         with np.errstate(all="ignore"):
             for derived in self._method.info.derived:
-                self._results[derived.name] = self._call(derived.function, derived.arguments, self._results)
+                self._results[derived.name] = self._call(
+                    derived.function, derived.arguments, self._results, method=self._method
+                )
 
-    def _call(self, function: Callable[..., Any], names: Sequence[str], given: Mapping[str, Any]) -> Any:
+    def _call(
+        self, function: Callable[..., Any], names: Sequence[str], given: Mapping[str, Any], *, method: Any
+    ) -> Any:
         """Call a function of the method; what it raises is told with the line of the method's file."""
         try:
             with answerable(self._method.info, at=f"at tensor '{self.entry.name}'"):
-                return function(self._method, *(given[name] for name in names))
+                return function(method, *(given[name] for name in names))
         except Undefined as error:
             raise self._undefined(str(error)) from error
 
     def _checked(self, values: Any, shape: tuple[int, ...]) -> Any:
         """A tile's result as a flat float32 array; it must have the shape of the tile."""
-        if not isinstance(values, np.ndarray) or values.dtype != np.float32 or values.shape != shape:
+        flat = self._settings.backend.flat(values, shape)
+        if flat is None:
             raise self._misused(type(self._method).tile, described(values), f"return an array, float32 {list(shape)}")
-        return np.ascontiguousarray(values).reshape(-1)
+        return flat
 
     def _misused(self, function: Callable[..., Any], got: str, rule: str) -> RecipeError:
         """A function of the method that gives something else than the contract asks for."""
@@ -268,7 +278,7 @@ class TensorRun:
 
     def _tile_given(self, stored: Sequence[tuple[Any, DType]], low: int, high: int, scratch: Scratch) -> Given:
         """What the method's functions are given for elements [low, high) of the tensor."""
-        return Given(
+        given: Given = self._settings.backend.given(
             stored,
             has_base=self.entry.base is not None,
             start=low,
@@ -280,6 +290,7 @@ class TensorRun:
             kernels=self._settings.kernels,
             memory=self._memory,
         )
+        return given
 
     def _reduce(self, start: int, stop: int, scratch: Scratch) -> int:
         kernels = self._settings.kernels
@@ -290,9 +301,10 @@ class TensorRun:
                 read += more
                 given = self._tile_given(stored, low, high, scratch)
                 for running in self._left_by_kernels(given):
-                    values = self._call(running.reduction.function, running.reduction.arguments, given)
+                    reduction = running.reduction
+                    values = self._call(reduction.function, reduction.arguments, given, method=self._placed)
                     if problem := running.reducer.refuses(values, len(given.shape) + 1):
-                        raise self._misused(running.reduction.function, *problem)
+                        raise self._misused(reduction.function, *problem)
                     running.add(values, low, high, self.geometry, kernel=kernels.partials.get(type(running.reducer)))
         return read
 
@@ -345,14 +357,15 @@ class TensorRun:
             found = self._tile_kernel(self._method, given, values)
             if found is not None:
                 return self._encode(values, out) if kind is None else _NOWHERE if found else None
-        values = self._call(type(self._method).tile, self._method.info.tile_arguments, given)
+        arguments = self._method.info.tile_arguments
+        values = self._call(type(self._method).tile, arguments, given, method=self._placed)
         return self._encode(self._checked(values, given.shape), out)
 
     def _encode(self, values: Any, out: Any) -> Any:
         """Encode the numbers of a tile; gives what `_tile` does."""
         kernels, dtype = self._settings.kernels, self.entry.dtype
         kernels.encode(values, dtype, out)
-        cut = dtypes.saturated(values, dtype)
+        cut = dtypes.saturated(self._settings.backend.to_host(values) if dtype.saturates else values, dtype)
         return cut if cut.size or kernels.any_nonfinite(out, dtype) else None
 
     def _copy(self, start: int, stop: int, scratch: Scratch) -> tuple[int, int]:

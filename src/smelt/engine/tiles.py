@@ -8,6 +8,7 @@ output is whole 1 MiB digest blocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,9 +86,10 @@ class Geometry:
 
 
 class Scratch:
-    """Buffers of one worker, by name, reused from tile to tile and grown when needed."""
+    """Buffers of one worker, by name, reused from tile to tile and grown when needed; `empty` makes them."""
 
-    def __init__(self) -> None:
+    def __init__(self, empty: Callable[..., Any] = np.empty) -> None:
+        self._empty = empty
         self._buffers: dict[tuple[str, Any], Any] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -95,5 +97,5 @@ class Scratch:
         count = math.prod(shape)
         kept = self._buffers.get((name, dtype))
         if kept is None or kept.size < count:
-            kept = self._buffers[(name, dtype)] = np.empty(count, dtype=dtype)
+            kept = self._buffers[(name, dtype)] = self._empty(count, dtype=dtype)
         return kept[:count].reshape(shape)

@@ -37,13 +37,15 @@ def record(
     companions: Mapping[str, str],
     method_files: Mapping[str, str],
     trusted: Collection[str] = (),
+    device: Mapping[str, str] | None = None,
 ) -> bytes:
     """The record as JSON.
 
     `inputs` gives each model's weight files, `hashes` the sha256 of a (model, file) where it is known, `tensors` the
     digest of each output tensor, `nonfinite` how many of its numbers are NaN or infinite, `companions` the sha256 of
     each small file, `method_files` that of each method file which the recipe names. Digests and counts of tensors in
-    `trusted` were taken over from the record of the model that they were copied from.
+    `trusted` were taken over from the record of the model that they were copied from. `device` is what the numbers were
+    worked out on, if it was not the CPU.
     """
     tree = {
         "format": FORMAT,
@@ -51,6 +53,7 @@ def record(
         "recipe": {"digest": plan.recipe_digest, "text": recipe, "seed": plan.seed},
         "method": plan.method,
         "method_files": dict(method_files),
+        **({"device": dict(device)} if device is not None else {}),
         "inputs": [
             {
                 "model": model.published,

@@ -28,7 +28,7 @@ def prune_by_rank(deltas: Array, density: Array, epsilon: Array, uniform: Array)
         elif share <= 0.0:
             kept.append(xp.zeros_like(delta))
         elif width == 1:
-            kept.append(xp.where(u < share, delta, xp.zeros_like(delta)))
+            kept.append(xp.where(xp.astype(u, xp.float64) < share, delta, xp.zeros_like(delta)))
         else:
             magnitude = xp.abs(delta)
             # Equal magnitudes share a rank, so the sort need not be stable.

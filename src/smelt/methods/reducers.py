@@ -45,10 +45,15 @@ def dimensions(values: Any) -> int:
     return values.ndim if hasattr(values, "ndim") and hasattr(values, "dtype") else -1
 
 
+def type_name(values: Any) -> str:
+    """The element type of an array, in NumPy's words, whatever library it is of."""
+    return str(values.dtype).removeprefix("torch.")
+
+
 def described(values: Any) -> str:
     """What a value is, in words: `float32 [2, 9600]`, `a tuple of 3`, `None`."""
     if hasattr(values, "shape") and hasattr(values, "dtype"):
-        return f"{values.dtype} {list(values.shape)}"
+        return f"{type_name(values)} {list(values.shape)}"
     if isinstance(values, tuple | list):
         return f"a {type(values).__name__} of {len(values)}"
     return "None" if values is None else f"a {type(values).__name__}"

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from array_api_compat import array_namespace
 
-from smelt.methods.reducers import described, dimensions
+from smelt.methods.reducers import described, dimensions, type_name
 
 Array = Any
 
@@ -41,7 +42,9 @@ def to_grid(share: Any) -> Any:
 
     Random numbers are multiples of 2⁻²⁴, so that `uniform < share` decides as it would with the share in float64.
     """
-    return (np.ceil(np.asarray(share, dtype=np.float64) * 2.0**24) * 2.0**-24).astype(np.float32)
+    share = share if dimensions(share) >= 0 else np.asarray(share, dtype=np.float64)
+    xp = array_namespace(share)
+    return xp.astype(xp.ceil(xp.astype(share, xp.float64) * 2.0**24) * 2.0**-24, xp.float32)
 
 
 def band_shares(cut: Cut) -> Array:
@@ -49,11 +52,13 @@ def band_shares(cut: Cut) -> Array:
 
     Column 0 is the cut of the T largest, column 1 that of the T + K largest. T = 0 cuts nothing off: share 1.
     """
+    xp = array_namespace(cut.count)
     first, last = cut.count[:, :1], cut.count[:, 1:]
-    inside = np.minimum(cut.above + cut.equal, last) - np.maximum(cut.above, first)
-    shares = to_grid(inside / np.maximum(cut.equal, 1))
-    shares[:, :1] = np.where(first == 0, np.float32(1.0), shares[:, :1])
-    return shares
+    inside = xp.minimum(cut.above + cut.equal, last) - xp.maximum(cut.above, first)
+    equal = xp.where(cut.equal < 1, xp.ones_like(cut.equal), cut.equal)
+    shares = to_grid(xp.astype(inside, xp.float64) / xp.astype(equal, xp.float64))
+    upper = xp.where(first == 0, xp.ones_like(shares[:, :1]), shares[:, :1])
+    return xp.concat([upper, shares[:, 1:]], axis=1)
 
 
 class _RadixSelect:
@@ -94,10 +99,11 @@ class _RadixSelect:
         if not isinstance(values, tuple) or len(values) != 2:
             return described(values), fix
         magnitudes, counts = values
-        if dimensions(magnitudes) != ndim or magnitudes.dtype != self._type:
+        if dimensions(magnitudes) != ndim or type_name(magnitudes) != self._type:
             return f"magnitudes that are {described(magnitudes)}", fix.replace("an array", f"a {self._type} array")
-        found = np.asarray(counts)
-        if found.dtype.kind not in "iu" or found.ndim not in (1, 2) or found.shape[0] != magnitudes.shape[0]:
+        found = counts if dimensions(counts) >= 0 else np.asarray(counts)  # an array of a device stays where it is
+        whole = type_name(found).startswith(("int", "uint"))
+        if not whole or found.ndim not in (1, 2) or found.shape[0] != magnitudes.shape[0]:
             return f"counts that are {described(counts)}", fix
         return None
 
@@ -122,6 +128,11 @@ class _RadixSelect:
                 lower = (inside >> digit) & row.dtype.type(_BUCKETS - 1)
                 found[prefix] = np.bincount(lower.astype(np.intp), minlength=_BUCKETS)
         return [found[prefix] for prefix in prefixes.tolist()]
+
+    @property
+    def round(self) -> int:
+        """How many rounds are done."""
+        return self._round
 
     def prefixes(self, rows: int) -> Any:
         """What the keys must begin with to be counted in this round, [rows, cuts]; no cuts in the first."""

@@ -30,7 +30,7 @@ def weighted_sum(vectors: Array, coefficients: Array, *, start: Array | None = N
     xp = array_namespace(vectors)
     total = coefficients[0] * xp.astype(vectors[0], xp.float64)
     for i in range(1, vectors.shape[0]):
-        total += coefficients[i] * vectors[i]
+        total += coefficients[i] * xp.astype(vectors[i], xp.float64)  # torch would let one coefficient yield to float32
     if start is not None:
         total += start
     return xp.astype(total, xp.float32)
