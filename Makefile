@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint sweep mutants bench clean
+.PHONY: demo test lint sweep mutants fuzz bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -23,6 +23,13 @@ sweep: $(VENV)/.test
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutation/mutants.py
 
+# Headers and indexes against the safetensors library, a million inputs each; atheris has an environment of its own.
+RUNS ?= 1000000
+FUZZ := .venv-fuzz
+fuzz: $(FUZZ)/.done
+	$(FUZZ)/bin/python tests/fuzz/run.py header --runs $(RUNS)
+	$(FUZZ)/bin/python tests/fuzz/run.py index --runs $(RUNS)
+
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/merge.py
 
@@ -37,5 +44,10 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 	touch $@
 
+$(FUZZ)/.done: pyproject.toml
+	$(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/python -m pip install --quiet --disable-pip-version-check --editable . "atheris>=3" "safetensors>=0.6"
+	touch $@
+
 clean:
-	rm -rf $(VENV) examples/out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FUZZ) examples/out .pytest_cache .mypy_cache .ruff_cache .hypothesis
