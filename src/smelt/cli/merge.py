@@ -29,6 +29,7 @@ def merge(
     strict: Flag = False,
     hash_inputs: Flag = False,
     trust_methods: Flag = False,
+    trust_pickles: Flag = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -57,6 +58,8 @@ def merge(
         Record the sha256 of every input file (reads them once more).
     trust_methods
         Load the method files that the recipe names; they are code.
+    trust_pickles
+        Read models that are stored as pickles, by torch in a process apart.
     quiet
         Print nothing but errors.
     verbose
@@ -79,6 +82,7 @@ def merge(
             strict=strict,
             hash_inputs=hash_inputs,
             trust_methods=trust_methods,
+            trust_pickles=trust_pickles,
             progress=report,
             on_plan=None if quiet else lambda prepared: _say_plan(prepared, out, verbose=verbose),
         )
