@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from smelt._version import __version__
-from smelt.planning.entries import Plan
+from smelt.planning.entries import Entry, Plan
 from smelt.planning.explain import entry_json
 from smelt.storage.checkpoint import FileInfo
 from smelt.storage.layout import INDEX, Layout
@@ -42,7 +42,7 @@ def record(
     digest of each output tensor, `nonfinite` how many of its numbers are NaN or infinite, `companions` the sha256 of
     each small file, `method_files` that of each method file which the recipe names.
     """
-    tree = {
+    tree: dict[str, Any] = {
         "format": FORMAT,
         "smelt": __version__,
         "recipe": {"digest": plan.recipe_digest, "text": recipe, "seed": plan.seed},
@@ -84,7 +84,7 @@ def record(
             entry.name: {
                 "digest": tensors[entry.name],
                 "nonfinite": nonfinite.get(entry.name, 0),
-                **{key: value for key, value in entry_json(entry, plan).items() if key in _KEPT},
+                **made_of(entry, plan),
             }
             for entry in plan.entries
         },
@@ -92,7 +92,20 @@ def record(
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),
     }
+    tree["checksum"] = checksum(tree)
     return (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def checksum(tree: Mapping[str, Any]) -> str:
+    """sha256 (hex) of a record without its own checksum, in one fixed form. It tells damage, not forgery."""
+    rest = {key: value for key, value in tree.items() if key != "checksum"}
+    text = json.dumps(rest, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def made_of(entry: Entry, plan: Plan) -> dict[str, Any]:
+    """What the record says of how a tensor came about."""
+    return {key: value for key, value in entry_json(entry, plan).items() if key in _KEPT}
 
 
 _KEPT = {"action", "method", "values", "inputs", "base", "reason"}

@@ -86,6 +86,19 @@ def open_models(
     return models
 
 
+def open_recorded(
+    name: str, place: Path, *, commit: str | None, stack: ExitStack, trust_pickles: bool = False
+) -> Model:
+    """Open a model again under the name by which a record knows it, wherever it lies now; closed with `stack`.
+
+    Raises InputError (or ManyProblems) as `open_models` does.
+    """
+    source = _open(place, None, name, stack, trust_pickles=trust_pickles)
+    config = source.json("config.json")
+    planned = PlannedModel(ModelRef(name, name), name, str(place), commit)
+    return Model(planned, source, config, anatomy(source.tensors, config))
+
+
 def _at(mention: Sequence[str], problem: SmeltError) -> SmeltError:
     """The problem, with the place in the recipe that names the model."""
     return type(problem)(problem.message, where=[*mention, *problem.where], fix=problem.fix)
