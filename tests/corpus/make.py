@@ -1,7 +1,7 @@
 """Writes the small files of the corpus: `python tests/corpus/make.py`. The files are kept, so that a change is seen.
 
-A case is a folder of `accept` or `reject`: a model, or a recipe beside one, and `case.toml`, which says what must come of
-it (see `test_corpus.py`). A case needs no line here: any folder with a `case.toml` is tested.
+A case is a folder of `accept` or `reject`: a model, or a recipe beside one, and `case.toml`, which says what must come
+of it (see `test_corpus.py`). A case needs no line here: any folder with a `case.toml` is tested.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def recipe(text: str | bytes) -> dict[str, bytes]:
 
 W = '{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 LINEAR = "merge_method: linear\nmodels:\n- model: model\n"
-MODEL = "- model: sound\n  parameters: {weight: 1}\n"
+BOTH = b"merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: sound}, {model: model}]\n"
 
 Case = tuple[dict[str, bytes], int, str | list[str], dict[str, Any]]
 
@@ -180,13 +180,11 @@ REJECT: dict[str, Case] = {
     "06-shard-not-listed": bad({INDEX: index(w=ONE), **SHARDS}, "does not list shards that are in the folder"),
     "06-file-and-index-contradict": bad({INDEX: index(w=ONE, b=TWO), **SHARDS, **one(SOUND)}, "contradict each other"),
     "06-no-weights": bad({"config.json": b"{}"}, "no weight files"),
-    "06-missing-in-one-model": bad(
-        {**one(A), "recipe.yml": f"{LINEAR}  parameters: {{weight: 1}}\n{MODEL}".encode()}, "missing in model"
-    ),
+    "06-missing-in-one-model": bad({**one(A), "recipe.yml": BOTH}, "missing in model"),
     "06-extra-in-one-model": bad(
         {
             **one(file({"w": entry([2, 2], 0), "b": entry([2], 16), "z": entry([1], 24)}, floats(*range(7)))),
-            "recipe.yml": f"merge_method: linear\nmodels:\n{MODEL}- model: model\n  parameters: {{weight: 1}}\n".encode(),
+            "recipe.yml": BOTH,
         },
         "model has 1 tensor that sound lacks",
     ),

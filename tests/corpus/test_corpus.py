@@ -1,8 +1,8 @@
-"""The corpus: every folder of `reject` is refused as its `case.toml` says, every one of `accept` merges to the same bits.
+"""The corpus: each folder of `reject` is refused as its `case.toml` says, each one of `accept` merges to the same bits.
 
 A case folder is copied to `model` in an empty folder, beside `sound` (a sound model of tensors w [2, 2] and b [2]),
-`sound.safetensors` and `secret.txt`. Its `recipe.yml`, if it has one, is moved beside the models; else the model is taken
-by passthrough. `case.toml` has `code` (exit code) and `says` (parts of the message), and may ask for what a
+`sound.safetensors` and `secret.txt`. Its `recipe.yml`, if it has one, is moved beside the models; else the model is
+taken by passthrough. `case.toml` has `code` (exit code) and `says` (parts of the message), and may ask for what a
 repository cannot hold: `links` (name to target), `pipes`, `folders`, `sizes` (name to bytes: a hole), `repeat` (name to
 how often its content is repeated); `words` are further words of the command. To add a case, add a folder.
 """
