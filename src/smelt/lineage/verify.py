@@ -51,6 +51,8 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
     with open_folder(folder, name=Path(os.path.realpath(folder)).name) as checkpoint:
         tree = read_record(checkpoint, folder)
         problems, warnings = _check_files(checkpoint, tree, folder)
+        if _has_no_checksum(tree):
+            warnings.append(f"{RECORD} has no checksum: it was written by an early version")
         recorded = tree["tensors"]
         missing = sorted(set(recorded) - set(checkpoint.tensors))
         extra = sorted(set(checkpoint.tensors) - set(recorded))
@@ -100,7 +102,7 @@ def read_record(checkpoint: TensorSource, folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder / RECORD} is not a record that this version reads", fix="use the version that wrote it"
         )
-    if tree.get("checksum") != checksum(tree):
+    if tree.get("checksum") != checksum(tree) and not _has_no_checksum(tree):
         where = ["its checksum does not fit what it says"]
         raise InputError(f"{folder / RECORD} is damaged", where=where, fix="merge again, or fetch the file again")
     damaged = [f"tensors: {n}" for n, row in tree["tensors"].items() if not _has_digest(row)]
@@ -108,6 +110,17 @@ def read_record(checkpoint: TensorSource, folder: Path) -> dict[str, Any]:
     if damaged:
         raise InputError(f"{folder / RECORD} is damaged", where=damaged[:5], fix="merge again")
     return tree
+
+
+_BEFORE_CHECKSUMS = frozenset(
+    "format smelt recipe method method_files inputs donor tokenizer digest files tensors ignored notes warnings".split()
+)
+"""The fields of a record as smelt 0.1.0 wrote it."""
+
+
+def _has_no_checksum(tree: dict[str, Any]) -> bool:
+    """Whether a record is one from before they had checksums, and not one whose checksum was damaged away."""
+    return tree.keys() == _BEFORE_CHECKSUMS
 
 
 def _tensors(names: list[str]) -> str:

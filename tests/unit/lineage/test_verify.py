@@ -124,6 +124,18 @@ def test_what_a_library_may_read_is_no_mere_warning(out: Path, name: str) -> Non
     assert any(name in message for message in found)
 
 
+def test_a_record_from_before_checksums(out: Path) -> None:
+    tree = json.loads((out / "smelt.json").read_text())
+    del tree["checksum"]
+    (out / "smelt.json").write_text(json.dumps(tree))
+    found = verify(out)
+    assert found.problems == ()
+    assert found.warnings == ("smelt.json has no checksum: it was written by an early version",)
+    (out / "smelt.json").write_text(json.dumps(tree | {"chacksum": "x"}))
+    with pytest.raises(InputError, match="is damaged"):
+        verify(out)
+
+
 def test_any_flipped_bit_of_the_record_is_seen(out: Path) -> None:
     raw = (out / "smelt.json").read_bytes()
     for place in range(0, len(raw), 7):
