@@ -113,7 +113,10 @@ def read_record(checkpoint: TensorSource, folder: Path) -> dict[str, Any]:
 
 
 _BEFORE_CHECKSUMS = frozenset(
-    "format smelt recipe method method_files inputs donor tokenizer digest files tensors ignored notes warnings".split()
+    (
+        *("format", "smelt", "recipe", "method", "method_files", "inputs", "donor", "tokenizer"),
+        *("digest", "files", "tensors", "ignored", "notes", "warnings"),
+    )
 )
 """The fields of a record as smelt 0.1.0 wrote it."""
 
