@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint sweep mutants bench curves clean
+.PHONY: demo test lint sweep mutants fuzz bench curves clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -43,6 +43,13 @@ endif
 curves: $(VENV)/.bench
 	$(BIN)/python benchmarks/sweep.py --folder $(FOLDER) --rounds $(ROUNDS)
 
+# Headers and indexes against the safetensors library, a million inputs each; atheris has an environment of its own.
+RUNS ?= 1000000
+FUZZ := .venv-fuzz
+fuzz: $(FUZZ)/.done
+	$(FUZZ)/bin/python tests/fuzz/run.py header --runs $(RUNS)
+	$(FUZZ)/bin/python tests/fuzz/run.py index --runs $(RUNS)
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -58,5 +65,10 @@ $(VENV)/.bench: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	touch $@
 
+$(FUZZ)/.done: pyproject.toml
+	$(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/python -m pip install --quiet --disable-pip-version-check --editable . "atheris>=3" "safetensors>=0.6"
+	touch $@
+
 clean:
-	rm -rf $(VENV) examples/out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FUZZ) examples/out .pytest_cache .mypy_cache .ruff_cache .hypothesis

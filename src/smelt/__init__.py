@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from smelt.errors import SmeltError as SmeltError
     from smelt.errors import StorageError as StorageError
     from smelt.in_memory import merge_state_dicts as merge_state_dicts
-    from smelt.lineage.verify import verify as verify
     from smelt.merging import MergeReport as MergeReport
     from smelt.merging import merge as merge
     from smelt.merging import plan as plan
+    from smelt.verifying import verify as verify
 
 _HOME = {
     "InputError": "smelt.errors",
@@ -29,7 +29,7 @@ _HOME = {
     "merge": "smelt.merging",
     "merge_state_dicts": "smelt.in_memory",
     "plan": "smelt.merging",
-    "verify": "smelt.lineage.verify",
+    "verify": "smelt.verifying",
 }
 
 __all__ = ["__version__", *_HOME]

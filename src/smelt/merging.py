@@ -17,7 +17,7 @@ from smelt.engine.backends import CPU, check_name, choose
 from smelt.engine.copying import Known
 from smelt.engine.forecast import Forecast, forecast
 from smelt.engine.run import RunResult, check_equal, run
-from smelt.errors import InputError, NumericError, RecipeError, StorageError, raise_all
+from smelt.errors import InputError, NumericError, RecipeError, SmeltError, StorageError, raise_all
 from smelt.lineage.card import CARD, card
 from smelt.lineage.record import RECORD, file_digest, record
 from smelt.lineage.trusted import Claim, trusted
@@ -26,7 +26,7 @@ from smelt.planning.build import build
 from smelt.planning.check import check
 from smelt.planning.companions import small_files
 from smelt.planning.entries import Plan
-from smelt.planning.locate import Model, missing_folders, open_models
+from smelt.planning.locate import Model, local_folders, missing_folders, open_models
 from smelt.recipe.canonical import canonical, to_yaml
 from smelt.recipe.check import check_parameters
 from smelt.recipe.parse import from_dict, load
@@ -34,7 +34,7 @@ from smelt.recipe.schema import Recipe, Relaxation
 from smelt.specs import TensorSpec
 from smelt.storage import files
 from smelt.storage.checkpoint import Checkpoint, TensorSource
-from smelt.storage.writer import Build, OutputTensor, layout
+from smelt.storage.writer import Build, OutputTensor, check_out, layout
 
 SHARD_BYTES = 5_000_000_000
 """Most bytes of tensors in one weight file, unless asked otherwise."""
@@ -91,18 +91,22 @@ def prepare(
     tile: int | None = None,
     device: str = CPU,
     trust_methods: bool = False,
+    trust_pickles: bool = False,
     weights: bool = True,
+    out: Path | None = None,
+    overwrite: bool = False,
 ) -> Iterator[Prepared]:
     """Parse, open and plan; the models are closed when the context ends.
 
     `recipe` is a path, a mapping or a Recipe. `strict` makes warnings errors. With `weights` false, no weights are
-    downloaded: the headers of a model on the hub are enough for a plan. Raises RecipeError or InputError with every
-    problem that was found.
+    downloaded: the headers of a model on the hub are enough for a plan. Where the merge is to write into `out`,
+    an `out` that cannot be is told before any model is opened, with the models that are not there. Raises RecipeError,
+    InputError or StorageError with every problem that was found.
     """
     allowed = allowances(allow)
     check_numbers(workers=workers, tile=tile)
     check_name(device)
-    beside = None
+    beside = path = None
     if isinstance(recipe, str | Path):
         path = Path(recipe)
         recipe = load(path)
@@ -113,7 +117,13 @@ def prepare(
         method_files = _load_methods(recipe, beside or Path.cwd(), stack, trust=trust_methods)
         if problems := check_parameters(recipe):  # then nothing is fetched, but what is surely missing is told too
             raise_all([*problems, *missing_folders(recipe.mentions(), beside=beside)])
-        opened = open_models(recipe.mentions(), beside=beside, stack=stack, weights=weights)
+        if out is not None:
+            known = [*local_folders(recipe.mentions(), beside=beside), *_beside_models(path, method_files)]
+            if problems := _unusable(out, overwrite, known):
+                raise_all([*problems, *missing_folders(recipe.mentions(), beside=beside)])
+        opened = open_models(
+            recipe.mentions(), beside=beside, stack=stack, weights=weights, trust_pickles=trust_pickles
+        )
         plan = build(recipe, opened, allow=allowed, seed=seed)
         if device != CPU:
             plan = replace(plan, notes=(*plan.notes, _ON_DEVICE.format(device)))
@@ -177,9 +187,12 @@ def plan(
     allow: Iterable[str] = (),
     seed: int = 0,
     trust_methods: bool = False,
+    trust_pickles: bool = False,
 ) -> Plan:
     """What a merge of this recipe would do, from headers and configs alone. Raises as `merge` does."""
-    with prepare(recipe, allow=allow, seed=seed, trust_methods=trust_methods, weights=False) as prepared:
+    with prepare(
+        recipe, allow=allow, seed=seed, trust_methods=trust_methods, trust_pickles=trust_pickles, weights=False
+    ) as prepared:
         return prepared.plan
 
 
@@ -198,6 +211,7 @@ def merge(
     hash_inputs: bool = False,
     trust_methods: bool = False,
     trust_digests: bool = False,
+    trust_pickles: bool = False,
     progress: Progress | None = None,
     on_plan: Callable[[Prepared], None] | None = None,
 ) -> MergeReport:
@@ -208,7 +222,8 @@ def merge(
     the result; `device` is where methods work, `cpu` or with torch `cuda` (`cuda:1`), where numbers may differ in the
     last place; `hash_inputs` records the sha256 of every input file; `trust_methods` lets the recipe load method files,
     which are code; `trust_digests` copies tensors that stay as they are unread, with the digests that the `smelt.json`
-    of their model names. `progress` is called with (bytes done, bytes in all), `on_plan` once before all writing.
+    of their model names; `trust_pickles` has torch read models that are stored as pickles, in a process apart.
+    `progress` is called with (bytes done, bytes in all), `on_plan` once before all writing.
 
     Raises RecipeError, InputError, StorageError or NumericError, after which `out` is what it was before.
     """
@@ -225,6 +240,9 @@ def merge(
         tile=tile,
         device=device,
         trust_methods=trust_methods,
+        trust_pickles=trust_pickles,
+        out=out,
+        overwrite=overwrite,
     ) as prepared:
         backend = choose(device)
         plan, models = prepared.plan, prepared.models
@@ -304,10 +322,32 @@ def _move(folder: Build, name: str, source: Checkpoint, tensor: TensorSpec, star
 def _inputs(recipe: object, prepared: Prepared) -> list[Path]:
     """The folders and files that a merge reads: models, the recipe, method files."""
     models = dict.fromkeys(model.planned.place for model in prepared.opened.values() if model.source.root is not None)
-    if not isinstance(recipe, str | Path):
-        return [Path(place) for place in models]
-    methods = [os.path.join(os.path.dirname(os.path.realpath(recipe)), file) for file in prepared.method_files]
-    return [Path(os.path.realpath(place)) for place in (*models, recipe, *methods)]
+    path = Path(recipe) if isinstance(recipe, str | Path) else None
+    return [*(Path(os.path.realpath(place)) for place in models), *_beside_models(path, prepared.method_files)]
+
+
+def _beside_models(path: Path | None, method_files: Iterable[str]) -> list[Path]:
+    """The recipe, if it is a file, and the method files that it names."""
+    if path is None:
+        return []
+    methods = [Path(os.path.realpath(path)).parent / file for file in method_files]
+    return [Path(os.path.realpath(place)) for place in (path, *methods)]
+
+
+def _unusable(out: Path, overwrite: bool, inputs: Sequence[Path]) -> list[SmeltError]:
+    """Why `out` cannot be the output, as far as that is known before a model is opened.
+
+    That it is an input is told first, as advice to replace or clear it would be bad advice then.
+    """
+    try:
+        check_out(out, overwrite=overwrite)
+    except SmeltError as error:
+        try:
+            _refuse_overlap(out, inputs)
+        except SmeltError as worse:
+            return [worse]
+        return [error]
+    return []
 
 
 def _refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:

@@ -516,10 +516,9 @@ TAMPERINGS: dict[str, tuple[Any, str]] = {
     "last byte": (lambda out: _flip(out / "model-00002-of-00002.safetensors", -1), "is not what was written"),
     "header": (_retitle, "another size or header"),
     "config": (lambda out: (out / "config.json").write_text("{}"), "config.json is not what was written"),
-    "card": (lambda out: (out / "README.md").open("a").write("x"), "README.md is not what was written"),
     "recipe": (lambda out: _flip(out / "mergekit_config.yml", 3), "mergekit_config.yml is not what was written"),
     "extra file": (lambda out: (out / "modeling.py").write_text("x"), "modeling.py is not in the record"),
-    "hidden extra": (lambda out: (out / ".x").write_text("x"), ".x is not in the record"),
+    "extra tokens": (lambda out: (out / "added_tokens.json").write_text("{}"), "added_tokens.json is not in the"),
     "extra weights": (lambda out: (out / "x.safetensors").write_bytes(b"x"), "x.safetensors"),
     "missing card": (lambda out: (out / "README.md").unlink(), "README.md is missing"),
     "missing config": (lambda out: (out / "config.json").unlink(), "config.json is missing"),
@@ -573,11 +572,23 @@ def test_verify_of_a_hostile_record(tmp_path: Path, sound: Path, rows: dict[str,
     assert "smelt.json" in done.err
 
 
+def test_verify_warns_of_what_a_publisher_does(tmp_path: Path, sound: Path) -> None:
+    out = factory.copy(sound, tmp_path / "out")
+    (out / ".gitattributes").write_text("x")
+    (out / "README.md").open("a").write("x")
+    done = smelt("verify", out)
+    assert done.code == 0
+    assert "warning: file .gitattributes is not in the record" in done.err
+    assert "warning: file README.md is not what was written" in done.err
+    assert len(smelt("verify", out, "--json").json["warnings"]) == 2
+    assert smelt("verify", out, "--strict").code == 3
+
+
 def test_verify_reports_all_changes_at_once(tmp_path: Path, sound: Path) -> None:
     out = factory.copy(sound, tmp_path / "out")
     _flip(out / "model-00001-of-00002.safetensors", -1)
     (out / "config.json").write_text("{}")
-    (out / "extra.txt").write_text("x")
+    (out / "extra.py").write_text("x")
     (out / "README.md").unlink()
     done = smelt("verify", out)
     assert done.err.count("error: ") == 4

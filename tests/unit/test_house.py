@@ -21,7 +21,7 @@ ORDER = [
     {"tokens"},
     {"planning"},
     {"engine", "lineage"},
-    {"merging", "in_memory"},
+    {"merging", "in_memory", "verifying"},
     {"cli"},
 ]
 """A room imports itself and rooms further up; rooms of one line do not import each other (errors, dtypes, specs do)."""

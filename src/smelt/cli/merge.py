@@ -32,6 +32,7 @@ def merge(
     hash_inputs: Flag = False,
     trust_methods: Flag = False,
     trust_digests: Flag = False,
+    trust_pickles: Flag = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -64,6 +65,8 @@ def merge(
         Load the method files that the recipe names; they are code.
     trust_digests
         Copy tensors that stay as they are unread, with the digests that smelt.json of their model names.
+    trust_pickles
+        Read models that are stored as pickles, by torch in a process apart.
     quiet
         Print nothing but errors.
     verbose
@@ -88,6 +91,7 @@ def merge(
             hash_inputs=hash_inputs,
             trust_methods=trust_methods,
             trust_digests=trust_digests,
+            trust_pickles=trust_pickles,
             progress=report,
             on_plan=None if quiet else lambda prepared: _say_plan(prepared, out, verbose=verbose),
         )

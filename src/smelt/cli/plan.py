@@ -25,6 +25,7 @@ def plan(
     allow: Allow = [],  # noqa: B006
     strict: Flag = False,
     trust_methods: Flag = False,
+    trust_pickles: Flag = False,
     as_json: Json = False,
 ) -> int:
     """Show what a merge would do: what each tensor gets with which numbers, bytes, passes and memory.
@@ -49,6 +50,8 @@ def plan(
         Make warnings errors.
     trust_methods
         Load the method files that the recipe names; they are code.
+    trust_pickles
+        Read models that are stored as pickles, by torch in a process apart.
     as_json
         Print the whole plan as JSON.
     """
@@ -60,6 +63,7 @@ def plan(
         workers=threads,
         device=device,
         trust_methods=trust_methods,
+        trust_pickles=trust_pickles,
         weights=False,
     ) as prepared:
         if explain is not None:

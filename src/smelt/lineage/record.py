@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from smelt._version import __version__
-from smelt.planning.entries import Plan
+from smelt.planning.entries import Entry, Plan
 from smelt.planning.explain import entry_json
 from smelt.storage.checkpoint import FileInfo
 from smelt.storage.layout import INDEX, Layout
@@ -47,7 +47,7 @@ def record(
     `trusted` were taken over from the record of the model that they were copied from. `device` is what the numbers were
     worked out on, if it was not the CPU.
     """
-    tree = {
+    tree: dict[str, Any] = {
         "format": FORMAT,
         "smelt": __version__,
         "recipe": {"digest": plan.recipe_digest, "text": recipe, "seed": plan.seed},
@@ -91,7 +91,7 @@ def record(
                 "digest": tensors[entry.name],
                 "nonfinite": nonfinite.get(entry.name, 0),
                 **({"trusted": True} if entry.name in trusted else {}),
-                **{key: value for key, value in entry_json(entry, plan).items() if key in _KEPT},
+                **made_of(entry, plan),
             }
             for entry in plan.entries
         },
@@ -99,7 +99,20 @@ def record(
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),
     }
+    tree["checksum"] = checksum(tree)
     return (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def checksum(tree: Mapping[str, Any]) -> str:
+    """sha256 (hex) of a record without its own checksum, in one fixed form. It tells damage, not forgery."""
+    rest = {key: value for key, value in tree.items() if key != "checksum"}
+    text = json.dumps(rest, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def made_of(entry: Entry, plan: Plan) -> dict[str, Any]:
+    """What the record says of how a tensor came about."""
+    return {key: value for key, value in entry_json(entry, plan).items() if key in _KEPT}
 
 
 _KEPT = {"action", "method", "values", "inputs", "base", "reason"}

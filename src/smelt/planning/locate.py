@@ -22,6 +22,7 @@ from smelt.specs import ModelRef
 from smelt.storage.checkpoint import TensorSource
 from smelt.storage.sources.hub import HubFolder, resolve
 from smelt.storage.sources.local import open_folder
+from smelt.storage.sources.pickles import has_pickles, open_pickles
 from smelt.storage.sources.remote import open_remote
 from smelt.storage.sources.scaled import read_as_weights
 
@@ -49,6 +50,7 @@ def open_models(
     beside: Path | None,
     stack: ExitStack,
     weights: bool = True,
+    trust_pickles: bool = False,
 ) -> dict[str, Model]:
     """Open every model of a recipe; `beside` is the recipe's folder. All that cannot be opened is told at once.
 
@@ -56,6 +58,7 @@ def open_models(
 
     Two names that lead to the same folder give the same Model. The checkpoints are closed with `stack`. With `weights`
     false, no weights are downloaded: of a model that the hub cache does not hold completely, tensors cannot be read.
+    With `trust_pickles`, models that are stored as pickles are read, by a child process.
     """
     models: dict[str, Model] = {}
     by_place: dict[tuple[str, str | None], Model] = {}
@@ -70,7 +73,7 @@ def open_models(
             if key not in by_place:
                 unique = _unique(published, taken)
                 taken.add(unique)
-                source = _open(place, hub, unique, stack)
+                source = _open(place, hub, unique, stack, trust_pickles=trust_pickles)
                 config = source.json("config.json")
                 parts = anatomy(source.tensors, config)
                 problems.extend(_at(mention, problem) for problem in check(parts, config, unique))
@@ -82,6 +85,19 @@ def open_models(
             problems.extend(_at(mention, problem) for problem in error.problems)
     raise_all(problems)
     return models
+
+
+def open_recorded(
+    name: str, place: Path, *, commit: str | None, stack: ExitStack, trust_pickles: bool = False
+) -> Model:
+    """Open a model again under the name by which a record knows it, wherever it lies now; closed with `stack`.
+
+    Raises InputError (or ManyProblems) as `open_models` does.
+    """
+    source = _open(place, None, name, stack, trust_pickles=trust_pickles)
+    config = source.json("config.json")
+    planned = PlannedModel(ModelRef(name, name), name, str(place), commit)
+    return Model(planned, source, config, anatomy(source.tensors, config))
 
 
 def _at(mention: Sequence[str], problem: SmeltError) -> SmeltError:
@@ -97,11 +113,14 @@ def _roots(beside: Path | None) -> list[Path]:
     return list(dict.fromkeys(roots))
 
 
-def _open(place: Path, hub: HubFolder | None, name: str, stack: ExitStack) -> TensorSource:
-    remote = hub is not None and not hub.complete
+def _open(
+    place: Path, hub: HubFolder | None, name: str, stack: ExitStack, *, trust_pickles: bool = False
+) -> TensorSource:
     source: TensorSource
-    if remote and hub is not None:
+    if hub is not None and not hub.complete:
         source = stack.enter_context(open_remote(hub, name=name))
+    elif trust_pickles and has_pickles(place):
+        source = stack.enter_context(open_pickles(place, name=name))
     else:
         source = stack.enter_context(open_folder(place, name=name))
     return read_as_weights(source)
@@ -121,6 +140,16 @@ def missing_folders(names: Mapping[ModelName, Sequence[str]], *, beside: Path | 
         except SmeltError as error:
             problems.extend(_at(mention, problem) for problem in error.problems)
     return problems
+
+
+def local_folders(names: Mapping[ModelName, Sequence[str]], *, beside: Path | None) -> list[Path]:
+    """The folders (and files) of the models that are on this machine, outside the hub cache; nothing is opened."""
+    found: list[Path] = []
+    for name in names:
+        with contextlib.suppress(SmeltError):  # told by who opens it
+            folder, _ = _find_folder(resolve_name(name, folders=_roots(beside)), beside)
+            found += [] if folder is None else [folder]
+    return list(dict.fromkeys(found))
 
 
 def _find_folder(ref: ModelRef, beside: Path | None) -> tuple[Path | None, list[Path]]:

@@ -18,6 +18,7 @@ import os
 import shutil
 import stat as stat_bits
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -347,6 +348,16 @@ def remove_folder(path: StrPath) -> None:
 def remove_tree(path: StrPath) -> None:
     """Remove a folder and all in it; links are removed, never followed. Nothing there is no error."""
     system("remove", path, _remove_tree, path)
+
+
+def may_write(folder: StrPath) -> bool:
+    """Whether files may be made in a folder, as far as permissions and the file system tell beforehand."""
+    return bool(system("look at", folder, os.access, folder, os.W_OK | os.X_OK))
+
+
+def make_temporary_folder(prefix: str) -> Path:
+    """A new folder that this user alone can read, where the system keeps temporary files (TMPDIR)."""
+    return Path(system("create a temporary folder", f"{prefix}*", tempfile.mkdtemp, "", prefix))
 
 
 def free_bytes(path: StrPath) -> int:

@@ -29,7 +29,7 @@ from smelt.storage.header import PREFIX
 from smelt.storage.layout import INDEX, Layout, OutputTensor, Shard, layout
 from smelt.storage.signals import held
 
-__all__ = ["Build", "Layout", "OutputTensor", "Shard", "heal", "layout"]
+__all__ = ["Build", "Layout", "OutputTensor", "Shard", "check_out", "heal", "layout"]
 
 _log = logging.getLogger(__name__)
 _MARGIN = 16 << 20
@@ -315,6 +315,27 @@ def _heal(places: _Places) -> None:
 
 
 # --- checks before anything is written ------------------------------------------------------------------------------
+
+
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Raise StorageError for an output folder that `Build.start` is sure to refuse; nothing is changed.
+
+    What depends on the size of the output, or on other runs, is left to `Build.start`.
+    """
+    places = _Places.of(Path(out))
+    if files.kind(places.old) is None:  # else an interrupted run is healed first
+        _check_target(places.out, overwrite=overwrite)
+    folder = places.out.parent
+    while files.kind(folder) is None:
+        folder = folder.parent
+    if files.kind(folder) != "folder":
+        raise StorageError("the output's parent is not a folder", where=[str(folder)], fix="choose another place")
+    if not files.may_write(folder):
+        raise StorageError(
+            "the output's folder cannot be written to",
+            where=[str(folder)],
+            fix="check the permissions, or choose another folder",
+        )
 
 
 def _check_target(out: Path, *, overwrite: bool) -> None:

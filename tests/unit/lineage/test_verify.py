@@ -14,6 +14,7 @@ import xxhash
 import factory
 import smelt
 from smelt.errors import InputError, SmeltError
+from smelt.lineage.record import checksum
 from smelt.lineage.verify import tensor_digest, verify
 from smelt.storage.sources.local import open_folder
 
@@ -32,9 +33,9 @@ def out(made: Path, tmp_path: Path) -> Path:
 
 
 def change(out: Path, **changes: Any) -> None:
-    """Write other values into the record."""
+    """Write other values into the record, with a checksum that fits."""
     tree = json.loads((out / "smelt.json").read_text()) | changes
-    (out / "smelt.json").write_text(json.dumps(tree))
+    (out / "smelt.json").write_text(json.dumps(tree | {"checksum": checksum(tree)}))
 
 
 def messages(out: Path) -> list[str]:
@@ -83,14 +84,68 @@ def test_other_tensors_than_recorded(out: Path) -> None:
 def test_files(out: Path) -> None:
     (out / "config.json").write_text("{}")
     (out / "README.md").unlink()
-    (out / "notes.txt").write_text("x")
-    (out / "sub").mkdir()
+    (out / "modeling.py").write_text("x")
     assert sorted(messages(out)) == [
         "file README.md is missing",
         "file config.json is not what was written",
-        "file notes.txt is not in the record",
-        "file sub is not in the record",
+        "file modeling.py is not in the record",
     ]
+    assert verify(out).warnings == ()
+
+
+def test_what_a_publisher_does_is_a_warning(out: Path) -> None:
+    (out / "notes.txt").write_text("x")
+    (out / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (out / ".cache").mkdir()
+    (out / "README.md").open("a").write("more about it")
+    found = verify(out)
+    assert found.problems == ()
+    assert found.warnings == (
+        "file .cache is not in the record",
+        "file .gitattributes is not in the record",
+        "file notes.txt is not in the record",
+        "file README.md is not what was written",
+    )
+    with_strict = smelt.verify(out, strict=True)
+    assert [problem.message for problem in with_strict.problems] == list(found.warnings)
+    assert with_strict.problems[0].exit_code == 3
+
+
+READ = ["x.safetensors", "pytorch_model.bin", "modeling_x.py", "generation_config.json", "tokenizer.json", "vocab.txt"]
+
+
+@pytest.mark.parametrize("name", [*READ, "chat_template.jinja", "added_tokens.json", "adapter_config.json"])
+def test_what_a_library_may_read_is_no_mere_warning(out: Path, name: str) -> None:
+    (out / name).write_text("x")
+    try:
+        found = messages(out)
+    except InputError as error:
+        found = [error.render()]
+    assert any(name in message for message in found)
+
+
+def test_a_record_from_before_checksums(out: Path) -> None:
+    tree = json.loads((out / "smelt.json").read_text())
+    del tree["checksum"]
+    (out / "smelt.json").write_text(json.dumps(tree))
+    found = verify(out)
+    assert found.problems == ()
+    assert found.warnings == ("smelt.json has no checksum: it was written by an early version",)
+    (out / "smelt.json").write_text(json.dumps(tree | {"chacksum": "x"}))
+    with pytest.raises(InputError, match="is damaged"):
+        verify(out)
+
+
+def test_any_flipped_bit_of_the_record_is_seen(out: Path) -> None:
+    raw = (out / "smelt.json").read_bytes()
+    for place in range(0, len(raw), 7):
+        damaged = bytearray(raw)
+        damaged[place] ^= 1 << (place % 8)
+        (out / "smelt.json").write_bytes(damaged)
+        with pytest.raises(SmeltError) as caught:
+            verify(out)
+        assert caught.value.exit_code == 3
+        assert "smelt.json" in caught.value.render()
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,12 @@ def read_index(folder: Path, *, name: str) -> dict[str, str]:
 
 def _open_file(path: Path, name: str) -> Checkpoint:
     if not path.name.endswith(".safetensors"):
-        raise InputError("the model is not a safetensors file", where=[name, str(path)], fix=shards.CONVERT)
+        pickled = path.name.endswith(shards.PICKLES)
+        raise InputError(
+            f"the model is not a safetensors file{', but a pickle, which is a program' if pickled else ''}",
+            where=[name, str(path)],
+            fix=shards.TRUST if pickled else shards.CONVERT,
+        )
     part = _read_part(path.parent, path.name, name, real=files.resolve(path))
     return _assemble(path.parent, name, [part])
 

@@ -19,6 +19,9 @@ from smelt.storage.header import Header, Ranges
 from smelt.storage.layout import INDEX, SINGLE
 
 CONVERT = "convert the model to safetensors first (load it with transformers and save_pretrained), or use another"
+TRUST = "convert the model to safetensors first; or have torch read it in a process apart: --trust-pickles"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+"""What the names of pickled weights end in."""
 _ADAPTER = "adapter_model.safetensors"
 _SHARD = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})\.safetensors")
 _OTHER_WEIGHTS = re.compile(r".*\.(bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)|adapter_model\..*")
@@ -54,11 +57,19 @@ def gather(
             parts[file] = read(file)
         except SmeltError as error:
             problems.append(error)
-    if index is not None:
-        problems.extend(_disagreements(listed, parts, name))
-    problems.extend(_twice(parts.values(), name))
+    problems.extend(contradictions(parts, index, name=name))
     raise_all(problems)
     return list(parts.values())
+
+
+def contradictions(parts: Mapping[str, Part], index: Mapping[str, str] | None, *, name: str) -> Iterable[InputError]:
+    """What the files, by name, and the index say against each other: tensors misplaced, left out, or there twice."""
+    if index is not None:
+        listed: dict[str, set[str]] = {}
+        for tensor, file in index.items():
+            listed.setdefault(file, set()).add(tensor)
+        yield from _disagreements(listed, parts, name)
+    yield from _twice(parts.values(), name)
 
 
 def weight_names(names: Sequence[str], index: Mapping[str, str] | None, *, name: str, place: str) -> list[str]:
@@ -69,23 +80,28 @@ def weight_names(names: Sequence[str], index: Mapping[str, str] | None, *, name:
     return _choose(names, name, place) if index is None else sorted(set(index.values()))
 
 
-def parse_index(content: bytes, *, name: str) -> dict[str, str]:
-    """An index's map tensor -> file, its form checked and every file name a plain one. Raises InputError."""
-    where = [f"{name}: {INDEX}"]
+def parse_index(
+    content: bytes, *, name: str, file: str = INDEX, suffixes: tuple[str, ...] = (".safetensors",)
+) -> dict[str, str]:
+    """An index's map tensor -> file, its form checked and every file name a plain one. Raises InputError.
+
+    `file` is the index's own name, `suffixes` what the names of weight files may end in.
+    """
+    where = [f"{name}: {file}"]
     tree = strict_json.parse(content, where=where)
     weight_map = tree.get("weight_map") if isinstance(tree, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError("the index must be an object with a non-empty weight_map", where=where)
     checked: dict[str, str] = {}
     problems: list[SmeltError] = []
-    for tensor, file in weight_map.items():
-        if isinstance(file, str) and paths.is_plain_name(file) and file.endswith(".safetensors"):
-            checked[tensor] = file
+    for tensor, home in weight_map.items():
+        if isinstance(home, str) and paths.is_plain_name(home) and home.endswith(suffixes):
+            checked[tensor] = home
         elif len(problems) < _SHOWN:
-            said = repr(file)[:200]
+            kind = "safetensors" if suffixes == (".safetensors",) else "weight"
             problems.append(
                 InputError(
-                    f"the index lists a tensor in {said}, which is not the name of a safetensors file",
+                    f"the index lists a tensor in {repr(home)[:200]}, which is not the name of a {kind} file",
                     where=[*where, f"tensor {tensor[:200]!r}"],
                 )
             )
@@ -173,10 +189,13 @@ def _no_weights(names: Sequence[str], name: str, place: str) -> InputError:
     others = [entry for entry in names if _OTHER_WEIGHTS.fullmatch(entry)]
     if others and all(entry.startswith("adapter_") for entry in others):
         fix = "merge the adapter into its base model first (peft: merge_and_unload)"
+    elif any(entry.endswith(PICKLES) for entry in others):
+        fix = TRUST
     else:
         fix = CONVERT if others else "check the path; a model has model.safetensors or shards with an index"
     found = [f"found {entry}" for entry in _listed(others)] or [f"no weight files in {place}"]
-    return InputError("the model has no safetensors files", where=[name, *found], fix=fix)
+    pickled = ", but pickles, which are programs" if fix == TRUST else ""
+    return InputError(f"the model has no safetensors files{pickled}", where=[name, *found], fix=fix)
 
 
 # --- with an index --------------------------------------------------------------------------------------------------
