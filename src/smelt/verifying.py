@@ -127,6 +127,9 @@ def _recompute(
         return _Recomputed(problems=(InputError("the record's recipe or inputs cannot be read", where=where),))
     if recipe.methods:
         return _Recomputed(lacking=f"the recipe has methods of its own ({', '.join(recipe.methods)})")
+    if record.get("device") is not None:
+        why = "the numbers were worked out on a device, and may differ from the CPU's in the last place"
+        return _Recomputed(lacking=why)
     names = [name.text for name in recipe.mentions()]
     if unknown := sorted(set(given) - set(names)):
         return _Recomputed(problems=(_stranger(unknown[0], names),))

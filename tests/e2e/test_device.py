@@ -66,6 +66,9 @@ def test_the_record_says_where(tmp_path: Path) -> None:
     assert note.startswith("worked out on the device torch:cpu")
     assert "last place" in note
     assert records[0]["tensors"].keys() == records[1]["tensors"].keys()
+    found = library.verify(tmp_path / "device")
+    assert not found.problems
+    assert any("worked out on a device" in note for note in found.notes)
 
 
 def test_what_is_said_of_the_memory(tmp_path: Path) -> None:

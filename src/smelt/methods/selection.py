@@ -211,7 +211,7 @@ class KthLargest(_RadixSelect):
     def guess(self, values: tuple[Array, Array]) -> None:
         """Place a bracket around each cut, from a sample in chunks of the tensor: numbers [n, chunks, ...], counts.
 
-        Its half width is four standard errors of the rank, by the binomial law or by how much the chunks differ,
+        Its half width is three standard errors of the rank, by the binomial law or by how much the chunks differ,
         whichever is larger.
         """
         numbers, counts = (np.asarray(part) for part in values)
@@ -226,7 +226,7 @@ class KthLargest(_RadixSelect):
             from_low = np.partition(keys[row].reshape(-1), total - 1 - middle)
             by_chunk = (keys[row] > from_low[total - 1 - middle]).mean(axis=1)
             error = max(np.sqrt(share * (1.0 - share) / total), float(by_chunk.std()) / np.sqrt(chunks))
-            half = int(np.ceil(total * 4.0 * error)) + 2
+            half = int(np.ceil(total * 3.0 * error)) + 2
             low, high = total - 1 - middle - half, total - 1 - middle + half
             ends = np.partition(from_low, [max(low, 0), min(high, total - 1)])
             brackets[row, place] = (
@@ -282,10 +282,10 @@ class KthLargest(_RadixSelect):
             wanted = int(max(count, 1) - total.above[row, place])
             if not 1 <= wanted <= inside.size:
                 return
-            key = np.partition(inside, inside.size - wanted)[inside.size - wanted]
+            key, higher, same = _within(inside, wanted)
             keys[row, place] = key
-            above[row, place] = total.above[row, place] + np.count_nonzero(inside > key)
-            equal[row, place] = np.count_nonzero(inside == key)
+            above[row, place] = total.above[row, place] + higher
+            equal[row, place] = same
         self._result = _cut(self._numbers(keys), counts, above, equal)
 
     @staticmethod
@@ -312,6 +312,12 @@ class KthLargest64(_RadixSelect):
     @staticmethod
     def _numbers(keys: Any) -> Any:
         return np.where(keys & _SIGN, keys ^ _SIGN, ~keys).view(np.float64)
+
+
+def _within(keys: Any, wanted: int) -> tuple[int, int, int]:
+    """The `wanted`-th largest of the keys, how many are larger, and how many equal it."""
+    key = np.partition(keys, keys.size - wanted)[keys.size - wanted]
+    return int(key), int(np.count_nonzero(keys > key)), int(np.count_nonzero(keys == key))
 
 
 def _cut(value: Any, count: Any, above: Any, equal: Any) -> Cut:

@@ -264,7 +264,7 @@ def test_inputs_are_read_once_where_they_fit(method: str) -> None:
     watched = [Watched(one) for one in sources]
     run(plan, watched, Memory(plan.entries), workers=2)
     for one in watched:
-        sample = 16 * 1024 * 4 if method == "ties" else 0
+        sample = 32 * 1024 * 4 if method == "ties" else 0
         assert sum(stop - start for _, start, stop in one.reads) == BIG["big"].nbytes + sample
 
 
@@ -275,7 +275,7 @@ def test_inputs_that_do_not_fit_are_read_for_every_pass(monkeypatch: pytest.Monk
     watched = [Watched(one) for one in sources]
     run(plan, watched, Memory(plan.entries), workers=2)
     for one in watched:
-        assert sum(stop - start for _, start, stop in one.reads) == 3 * BIG["big"].nbytes + 16 * 1024 * 4  # a sample
+        assert sum(stop - start for _, start, stop in one.reads) == 3 * BIG["big"].nbytes + 32 * 1024 * 4  # a sample
 
 
 def test_the_budget() -> None:
