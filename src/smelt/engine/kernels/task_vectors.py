@@ -16,12 +16,13 @@ from smelt.engine.given import Given
 from smelt.engine.kernels.compiled import (
     COLUMNS,
     GRID,
-    INFINITE,
     JIT,
     RUN,
     draw_below,
     element,
-    exponent,
+    infinity,
+    least,
+    magnitude,
     mix,
     narrow,
     trailing_zeros,
@@ -136,7 +137,7 @@ ADD: Any = (0, 0, 0)
 
 
 def _combine(kind, room, bases, weight, scale, total, factor, out):
-    """One run of b + λ · mixed; gives the largest bits of its numbers, without their signs."""
+    """One run of b + λ · mixed; whether a number of it is not finite."""
     raise NotImplementedError
 
 
@@ -151,7 +152,8 @@ def _written(models: int, *, elected: bool, mean: bool) -> Any:
     The operations and their order are those of `methods.stages.combine`. Conditions are joined without branches.
     """
     each = range(models)
-    lines = ["def loop(kind, room, bases, weight, scale, total, factor, out):", "    worst = np.uint32(0)"]
+    lines = ["def loop(kind, room, bases, weight, scale, total, factor, out):"]
+    lines += ["    worst = least(out)"]
     lines += [f"    d{i} = room[{i}]; w{i} = weight[{i}]; f{i} = scale[{i}]" for i in each]
     lines += ["    for j in range(out.size):"]
     lines += [f"        e{i} = f{i} * np.float64(d{i}[j])" for i in each]
@@ -167,8 +169,9 @@ def _written(models: int, *, elected: bool, mean: bool) -> Any:
     else:
         lines += ["        t = t / total"]
     lines += ["        y = narrow(np.float64(bases[j]) + factor * t, out)"]
-    lines += ["        out[j] = y", "        worst = max(worst, exponent(y))", "    return worst"]
-    space: dict[str, Any] = {"np": np, "narrow": narrow, "exponent": exponent}
+    lines += ["        out[j] = y", "        worst = max(worst, magnitude(y))", "    return worst >= infinity(out)"]
+    space: dict[str, Any] = {"np": np, "narrow": narrow, "magnitude": magnitude}
+    space |= {"infinity": infinity, "least": least}
     exec("\n".join(lines), space)
     return space["loop"]
 
@@ -196,7 +199,7 @@ def _mix(
     deltas = np.empty(RUN, dtype=np.float32)
     words = np.empty(RUN // 2, dtype=np.uint64)
     room = np.zeros((len(stored), RUN), dtype=np.float32)
-    worst = np.uint32(0)
+    found = False
     for low in range(0, out.size, RUN):
         high = min(low + RUN, out.size)
         _widen_base(base[low:high], bases)
@@ -210,9 +213,8 @@ def _mix(
                     draw_below(keys[i], start + low, limit[i], words, bits)
                 _choose(deltas, bits, room[i])
         result = out[low:high]
-        run_worst = _combine(kind, room, bases, weight, scale, total, factor, result)
-        worst = max(worst, run_worst)
-    return bool(worst >= INFINITE)
+        found |= _combine(kind, room, bases, weight, scale, total, factor, result)
+    return found
 
 
 def _limits(share: Any) -> Any:
