@@ -53,6 +53,23 @@ def _subtract(stored: Any, base: Any, out: Any) -> None:
 
 
 @JIT
+def _magnitudes(stored: Any, base: Any, out: Any) -> None:
+    """The magnitudes of the differences of a run, as `_subtract` gives them."""
+    for j in range(stored.size):
+        out[j] = np.abs(widen(stored[j]) - widen(base[j]))
+    for j in range(stored.size, RUN):
+        out[j] = np.float32(np.nan)
+
+
+@JIT
+def _subtract_and_trim(stored: Any, base: Any, value: Any, kept: Any) -> None:
+    """The differences of a run that are above the cut, 0 elsewhere."""
+    for j in range(stored.size):
+        delta = widen(stored[j]) - base[j]
+        kept[j] = np.float32(0.0) if np.abs(delta) <= value else delta
+
+
+@JIT
 def _trim(deltas: Any, value: Any, limit: Any, key: Any, start: int, kept: Any, marks: Any) -> None:
     """kept = the deltas above the cut; of those equal to it, those whose random number is below limit / GRID."""
     for j in range(RUN):
@@ -86,12 +103,6 @@ def _choose(deltas: Any, marks: Any, kept: Any) -> None:
 
 
 @JIT
-def _absolute(run: Any) -> None:
-    for j in range(RUN):
-        run[j] = np.abs(run[j])
-
-
-@JIT
 def _add_magnitudes(
     stored: Any,
     base: Any,
@@ -110,22 +121,18 @@ def _add_magnitudes(
 
     What was drawn for run r of the tile is left in marks[first + r], COLUMNS bytes (modulo len(marks)).
     """
-    bases = np.empty(RUN, dtype=np.float32)
     deltas = np.empty(RUN, dtype=np.float32)
     chosen = np.empty(RUN, dtype=np.float32)
     words = np.empty(RUN // 2, dtype=np.uint64)
     for low in range(0, stored.size, RUN):  # runs are whole lanes, and blocks whole runs
         high = min(low + RUN, stored.size)
-        _widen_base(base[low:high], bases)
-        _subtract(stored[low:high], bases, deltas)
+        _magnitudes(stored[low:high], base[low:high], deltas)
         bits = marks[(first + low // RUN) % len(marks)]
         if rule == _TRIM:
             _trim(deltas, value, limit, key, start + low, chosen, bits)
         else:
             draw_below(key, start + low, limit, words, bits)
             _choose(deltas, bits, chosen)
-        _absolute(deltas)
-        _absolute(chosen)
         add_run(deltas, high - low, whole[low // block])
         add_run(chosen, high - low, kept[low // block])
 
@@ -204,6 +211,9 @@ def _mix(
         high = min(low + RUN, out.size)
         _widen_base(base[low:high], bases)
         for i in range(len(stored)):
+            if rule == _TRIM and limit[i] == 0:
+                _subtract_and_trim(stored[i][low:high], bases, value[i], room[i])
+                continue
             _subtract(stored[i][low:high], bases, deltas)
             bits = marks[i, (first + low // RUN) % marks.shape[1]]
             if rule == _TRIM:
