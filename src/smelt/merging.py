@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from smelt.engine.forecast import Forecast, forecast
+from smelt.engine.forecast import Forecast, forecast, within
 from smelt.engine.run import RunResult, check_equal, run
+from smelt.engine.tensor import TensorResult
 from smelt.errors import InputError, NumericError, RecipeError, StorageError, raise_all
 from smelt.lineage.card import CARD, card
+from smelt.lineage.identity import identity
 from smelt.lineage.record import RECORD, file_digest, record
 from smelt.methods.loading import MethodFile, load_file
 from smelt.planning.build import build
@@ -28,6 +30,7 @@ from smelt.recipe.check import check_parameters
 from smelt.recipe.parse import from_dict, load
 from smelt.recipe.schema import Recipe, Relaxation
 from smelt.storage import files
+from smelt.storage.journal import Finished
 from smelt.storage.writer import Build, OutputTensor, layout
 
 SHARD_BYTES = 5_000_000_000
@@ -57,7 +60,10 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did. `seconds` is the whole call, `engine_seconds` the part that reads, works and writes tensors."""
+    """What a merge did. `seconds` is the whole call, `engine_seconds` the part that reads, works and writes tensors.
+
+    `resumed` counts the tensors that an interrupted run had written.
+    """
 
     out: Path
     plan: Plan
@@ -67,6 +73,7 @@ class MergeReport:
     bytes_written: int
     nonfinite: Mapping[str, int]
     warnings: tuple[str, ...]
+    resumed: int = 0
 
 
 @contextmanager
@@ -78,17 +85,19 @@ def prepare(
     seed: int = 0,
     workers: int | None = None,
     tile: int | None = None,
+    memory: int | None = None,
     trust_methods: bool = False,
     weights: bool = True,
 ) -> Iterator[Prepared]:
     """Parse, open and plan; the models are closed when the context ends.
 
-    `recipe` is a path, a mapping or a Recipe. `strict` makes warnings errors. With `weights` false, no weights are
-    downloaded: the headers of a model on the hub are enough for a plan. Raises RecipeError or InputError with every
+    `recipe` is a path, a mapping or a Recipe. `strict` makes warnings errors. `memory` (bytes) cuts threads and buffers
+    until the predicted peak is below it. With `weights` false, no weights are downloaded: the headers of a model on the
+    hub are enough for a plan. Raises RecipeError or InputError with every
     problem that was found.
     """
     allowed = allowances(allow)
-    check_numbers(workers=workers, tile=tile)
+    check_numbers(workers=workers, tile=tile, memory=memory)
     beside = None
     if isinstance(recipe, str | Path):
         path = Path(recipe)
@@ -106,9 +115,11 @@ def prepare(
         if strict and plan.warnings:
             raise RecipeError(_strictly(len(plan.warnings)), where=list(plan.warnings))
         tokenizer = next(model for model in opened.values() if model.name == plan.tokenizer)
-        yield Prepared(
-            recipe, opened, models, tokenizer, plan, forecast(plan, workers=workers, tile=tile), method_files
-        )
+        if memory is None:
+            cost = forecast(plan, workers=workers, tile=tile)
+        else:
+            cost = within(memory, plan, workers=workers, tile=tile)
+        yield Prepared(recipe, opened, models, tokenizer, plan, cost, method_files)
 
 
 def allowances(allow: Iterable[str]) -> frozenset[str]:
@@ -126,7 +137,12 @@ def check_numbers(**numbers: int | None) -> None:
             raise RecipeError(f"{_SAID[name]} must be at least 1, not {number}", fix="leave it out for the default")
 
 
-_SAID = {"workers": "the number of threads", "tile": "the tile size", "shard_bytes": "the shard size"}
+_SAID = {
+    "workers": "the number of threads",
+    "tile": "the tile size",
+    "memory": "the memory",
+    "shard_bytes": "the shard size",
+}
 
 
 def _strictly(count: int) -> str:
@@ -174,23 +190,28 @@ def merge(
     out: str | Path,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     allow: Iterable[str] = (),
     strict: bool = False,
     seed: int = 0,
     shard_bytes: int = SHARD_BYTES,
     workers: int | None = None,
     tile: int | None = None,
+    memory: int | None = None,
     hash_inputs: bool = False,
     trust_methods: bool = False,
     progress: Progress | None = None,
     on_plan: Callable[[Prepared], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> MergeReport:
     """Merge models as a recipe says, into the folder `out`, which appears whole or not at all.
 
     `allow` relaxes checks by name (`extra_tensor`, `missing_tensor`, `nonfinite`, `vocabulary`); `strict` makes
     warnings errors; `seed` drives the random methods; `workers` (threads) and `tile` (elements) change the speed, never
-    the result; `hash_inputs` records the sha256 of every input file; `trust_methods` lets the recipe load method files,
-    which are code. `progress` is called with (bytes done, bytes in all), `on_plan` once before anything is written.
+    the result, and so does `memory`, the most bytes the process may take; `hash_inputs` records the sha256 of every
+    input file; `trust_methods` lets the recipe load method files, which are code. `resume` goes on where an earlier run
+    of this merge was cut off, and leaves what is finished if it is interrupted itself. `progress` is called with (bytes
+    done, bytes in all), `on_plan` once before anything is written, `on_note` with what is worth telling meanwhile.
 
     Raises RecipeError, InputError, StorageError or NumericError, after which `out` is what it was before.
     """
@@ -199,26 +220,49 @@ def merge(
     allowed = allowances(allow)
     check_numbers(shard_bytes=shard_bytes)
     with prepare(
-        recipe, allow=allowed, strict=strict, seed=seed, workers=workers, tile=tile, trust_methods=trust_methods
+        recipe,
+        allow=allowed,
+        strict=strict,
+        seed=seed,
+        workers=workers,
+        tile=tile,
+        memory=memory,
+        trust_methods=trust_methods,
     ) as prepared:
-        plan, models = prepared.plan, prepared.models
+        plan, models, cost = prepared.plan, prepared.models, prepared.forecast
         _refuse_overlap(out, _inputs(recipe, prepared))
         shards = layout([OutputTensor(e.name, e.dtype, e.shape) for e in plan.entries], shard_bytes=shard_bytes)
         check(plan, models, shards)
         sources = [model.source for model in models]
         check_equal(plan, sources)
         papers = _papers(prepared, name=Path(os.path.realpath(out)).name)
+        head = identity(
+            plan,
+            shards,
+            inputs=[source.files for source in sources],
+            allow=allowed | frozenset(prepared.recipe.allow),
+            shard_bytes=shard_bytes,
+            companions=papers,
+            method_files=prepared.method_files,
+        )
         if on_plan is not None:
             on_plan(prepared)
-        with Build.start(out, shards, overwrite=overwrite) as folder:
+        with Build.start(out, shards, overwrite=overwrite, head=head, resume=resume) as folder:
+            if on_note is not None:
+                for line in _begun(folder, len(plan.entries)):
+                    on_note(line)
             try:
                 done = run(
                     plan,
                     sources,
                     folder,
-                    workers=workers,
-                    tile=tile,
+                    workers=cost.workers,
+                    tile=cost.tile,
                     allow_nonfinite="nonfinite" in allowed or "nonfinite" in prepared.recipe.allow,
+                    kernels=cost.kernels,
+                    keep_bytes=cost.keep_bytes,
+                    done={t.name: TensorResult(t.name, t.digest, t.inherited, t.created) for t in folder.resumed},
+                    on_tensor=lambda t: folder.finished(Finished(t.name, t.digest, t.inherited, t.created)),
                     progress=progress,
                 )
             except BaseException:
@@ -246,7 +290,17 @@ def merge(
         bytes_written=shards.total_bytes,
         nonfinite=nonfinite,
         warnings=(*plan.warnings, *_nonfinite_warnings(nonfinite)),
+        resumed=len(folder.resumed),
     )
+
+
+def _begun(folder: Build, total: int) -> list[str]:
+    """What is worth telling of an earlier run's unfinished output."""
+    if folder.resumed:
+        return [f"resuming: {len(folder.resumed)} of {total} tensors were finished, and are as they were written"]
+    if folder.discarded:
+        return ["the unfinished output of an earlier run was removed"]
+    return []
 
 
 def _inputs(recipe: object, prepared: Prepared) -> list[Path]:

@@ -34,6 +34,7 @@ app.command("smelt.cli.check:check", name="check", help="Check a recipe from con
 app.command("smelt.cli.methods:methods", name="methods", help="List the merge methods, or explain one.")
 app.command("smelt.cli.schema:schema", name="schema", help="Print the JSON schema of the recipe language.")
 app.command("smelt.cli.verify:verify", name="verify", help="Check an output against its record.")
+app.command("smelt.cli.clean:clean", name="clean", help="Remove what cut-off merges have left.")
 
 
 class Stopped(BaseException):
@@ -78,7 +79,7 @@ def run(words: list[str]) -> int:
     except (KeyboardInterrupt, Stopped) as error:
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
         said = "interrupted" if number == signal.SIGINT else "terminated"
-        print(f"{said}: nothing was left behind", file=sys.stderr)
+        print(f"{said}: {_left(error) or 'nothing was left behind'}", file=sys.stderr)
         return 128 + number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -128,9 +129,16 @@ def _report(error: SmeltError, as_json: bool) -> int:
         print(_json(error))
     else:
         print(visible(error.render()), file=sys.stderr)
+        if left := _left(error):
+            print(visible(f"note: {left}"), file=sys.stderr)
         if isinstance(error, ManyProblems):
             print(f"{len(error.problems)} problems", file=sys.stderr)
     return error.exit_code
+
+
+def _left(error: BaseException) -> str:
+    """What the error's notes say was kept, if anything."""
+    return "; ".join(getattr(error, "__notes__", ()))
 
 
 def _json(error: SmeltError) -> str:
@@ -139,4 +147,5 @@ def _json(error: SmeltError) -> str:
     problems: list[dict[str, Any]] = [
         {"kind": type(p).__name__, "message": p.message, "where": list(p.where), "fix": p.fix} for p in error.problems
     ]
-    return json.dumps({"ok": False, "exit_code": error.exit_code, "problems": problems}, indent=1)
+    kept = {"kept": left} if (left := _left(error)) else {}
+    return json.dumps({"ok": False, "exit_code": error.exit_code, "problems": problems, **kept}, indent=1)

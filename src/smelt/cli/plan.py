@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from smelt.cli.options import Allow, Flag, Json, Seed
-from smelt.cli.show import count_text, counted, size_text, table, visible
+from smelt.cli.show import count_text, counted, parse_size, size_text, table, visible
 from smelt.errors import RecipeError, nearest
 from smelt.merging import Prepared, prepare
 from smelt.planning.entries import PlannedModel
@@ -19,6 +19,7 @@ def plan(
     *,
     explain: str | None = None,
     threads: int | None = None,
+    memory: str | None = None,
     seed: Seed = 0,
     allow: Allow = [],  # noqa: B006
     strict: Flag = False,
@@ -37,6 +38,8 @@ def plan(
         A tensor (or a part of names): show how each of its numbers came about.
     threads
         Worker threads the prediction is for; all cores by default.
+    memory
+        Most memory a merge may use, such as 500MB: threads and buffers are cut to fit.
     seed
         Seed of the random methods.
     allow
@@ -54,6 +57,7 @@ def plan(
         strict=strict,
         seed=seed,
         workers=threads,
+        memory=None if memory is None else parse_size(memory),
         trust_methods=trust_methods,
         weights=False,
     ) as prepared:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from smelt.engine.reducing import bind, schedule
 from smelt.engine.run import KEEP_BYTES, WORTH_KERNELS, default_workers
-from smelt.engine.tiles import DEFAULT_TILE, Geometry
+from smelt.engine.tiles import BLOCK, DEFAULT_TILE, Geometry
+from smelt.errors import RecipeError
 from smelt.planning.entries import Action, Entry, Plan
 from smelt.specs import Grain
+from smelt.storage.files import size_text
 
 INTERPRETER = 120 << 20
 """Resident bytes of Python with NumPy and what smelt loads, before any tile."""
@@ -20,13 +22,20 @@ PER_ENTRY = 3000
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Bytes read count each pass that cannot keep its input; `memory` is an upper estimate of the resident peak."""
+    """What a run with these settings costs: `memory` is an upper estimate of the resident peak, in bytes.
+
+    `bytes_read` counts each pass that cannot keep its input. `workers`, `tile`, `keep_bytes` and `kernels` are the
+    settings, as `run` takes them.
+    """
 
     bytes_read: int
     bytes_written: int
     passes: dict[str, int]
     memory: int
     workers: int
+    tile: int
+    keep_bytes: int
+    kernels: bool
 
 
 def passes(entry: Entry) -> int:
@@ -36,23 +45,62 @@ def passes(entry: Entry) -> int:
     return 1 + max((start + r.reducer.rounds for start, r in schedule(bind(entry).active())), default=0)
 
 
-def forecast(plan: Plan, *, workers: int | None = None, tile: int | None = None) -> Forecast:
-    """Predict a run with these settings."""
+def forecast(
+    plan: Plan,
+    *,
+    workers: int | None = None,
+    tile: int | None = None,
+    keep_bytes: int | None = None,
+    kernels: bool | None = None,
+) -> Forecast:
+    """Predict a run with these settings; None stands for what `run` takes then."""
     workers = workers or default_workers()
     tile = tile or DEFAULT_TILE
+    keep_bytes = KEEP_BYTES if keep_bytes is None else keep_bytes
+    kernels = plan.input_bytes >= WORTH_KERNELS if kernels is None else kernels
     read = 0
     counts: dict[str, int] = {}
     largest = kept = 0
     for entry in plan.entries:
         count = counts[entry.name] = passes(entry)
-        fits = entry.input_bytes <= KEEP_BYTES
+        fits = entry.input_bytes <= keep_bytes
         kept += entry.input_bytes if count > 1 and fits else 0
         read += entry.input_bytes * (1 if fits else count)
         largest = max(largest, _worker_bytes(entry, tile))
-    memory = INTERPRETER + PER_ENTRY * len(plan.entries) + workers * largest + min(kept, KEEP_BYTES)
-    if plan.input_bytes >= WORTH_KERNELS:
+    memory = INTERPRETER + PER_ENTRY * len(plan.entries) + workers * largest + min(kept, keep_bytes)
+    if kernels:
         memory += COMPILER
-    return Forecast(read, plan.output_bytes, counts, memory, workers)
+    return Forecast(read, plan.output_bytes, counts, memory, workers, tile, keep_bytes, kernels)
+
+
+def within(memory: int, plan: Plan, *, workers: int | None = None, tile: int | None = None) -> Forecast:
+    """The fastest settings whose predicted peak is at most `memory` bytes; none of them changes a result.
+
+    Cut are, in this order: the tile and what tensors keep between their passes, the threads, the compiled kernels.
+    Raises RecipeError, with the least that would do, where all of that is not enough.
+    """
+    most = workers or default_workers()
+    small = min(tile or DEFAULT_TILE, BLOCK)
+    steps = [(tile, KEEP_BYTES), *((small, KEEP_BYTES // part) for part in (1, 2, 4, 8)), (small, 0)]
+    for kernels in (None, False):
+        for count in range(most, 0, -1):
+            for size, keep in steps:
+                found = forecast(plan, workers=count, tile=size, keep_bytes=keep, kernels=kernels)
+                if found.memory <= memory:
+                    return found
+    largest = max(plan.entries, key=lambda entry: _worker_bytes(entry, small))
+    least = -(-found.memory // _STEP) * _STEP
+    raise RecipeError(
+        f"the merge does not fit into {size_text(memory)} of memory",
+        where=[
+            f"the least is about {size_text(found.memory)}, with one thread",
+            f"largest tensor {largest.name} {list(largest.shape)}",
+        ],
+        fix=f"allow it more: --memory {least // _STEP}MB",
+    )
+
+
+_STEP = 1_000_000
 
 
 def _worker_bytes(entry: Entry, tile: int) -> int:

@@ -10,7 +10,7 @@ import heapq
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,9 @@ _COMPARE = 1 << 20
 
 Progress = Callable[[int, int], None]
 """Called now and then with (bytes done, bytes in all), from the thread that called `run`."""
+
+OnTensor = Callable[[TensorResult], None]
+"""Called with the result of each tensor when all its bytes are with the sink, from the worker that wrote the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +65,29 @@ def run(
     tile: int | None = None,
     allow_nonfinite: bool = False,
     kernels: bool | None = None,
+    keep_bytes: int | None = None,
+    done: Mapping[str, TensorResult] | None = None,
+    on_tensor: OnTensor | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
     """Carry out a plan: read `sources` (one per model of the plan), write every tensor into `sink`.
 
     The result does not depend on `workers` (threads), `tile` (elements a method sees at once) or `kernels` (whether
-    compiled ones are used; None: if the merge is large enough to repay loading them). Raises the first error of any
-    worker; KeyboardInterrupt stops the workers and is passed on.
+    compiled ones are used; None: if the merge is large enough to repay loading them), or on `keep_bytes` (stored bytes
+    that tensors may keep between their passes). `done` are results of tensors that are in the sink already; `on_tensor`
+    is told of each other one when it is written. Raises the first error of any worker; KeyboardInterrupt stops the
+    workers and is passed on.
     """
     settings = Settings(
         workers=workers or default_workers(),
         tile=tile or DEFAULT_TILE,
         seed=plan.seed,
-        keep_bytes=KEEP_BYTES,
+        keep_bytes=KEEP_BYTES if keep_bytes is None else keep_bytes,
         allow_nonfinite=allow_nonfinite,
         kernels=_kernels() if kernels or (kernels is None and plan.input_bytes >= WORTH_KERNELS) else DEFINITIONS,
     )
     started = time.perf_counter()
-    crew = _Crew(plan, sources, sink, settings)
+    crew = _Crew(plan, sources, sink, settings, done=done or {}, on_tensor=on_tensor)
     crew.work(progress)
     return RunResult(tuple(crew.results()), time.perf_counter() - started, crew.read, crew.written)
 
@@ -92,7 +100,16 @@ def _kernels() -> Kernels:
 class _Crew:
     """The workers and what they share: the heap of ready tasks, and how many of each open pass are left."""
 
-    def __init__(self, plan: Plan, sources: Sequence[TensorSource], sink: Sink, settings: Settings) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        sources: Sequence[TensorSource],
+        sink: Sink,
+        settings: Settings,
+        *,
+        done: Mapping[str, TensorResult],
+        on_tensor: OnTensor | None,
+    ) -> None:
         self._plan = plan
         self._sources = sources
         self._sink = sink
@@ -102,11 +119,12 @@ class _Crew:
         self._open: dict[int, TensorRun] = {}
         self._left: dict[int, int] = {}
         self._next = 0
-        self._results: list[TensorResult | None] = [None] * len(plan.entries)
+        self._results = [done.get(entry.name) for entry in plan.entries]
+        self._on_tensor = on_tensor
         self._changed = threading.Condition()
         self._failures: dict[int, BaseException] = {}
         self._stop = False
-        self._expected = plan.input_bytes + plan.output_bytes
+        self._expected = sum(entry.input_bytes + entry.nbytes for entry in plan.entries if entry.name not in done)
         self.read = self.written = 0
 
     def work(self, progress: Progress | None) -> None:
@@ -167,7 +185,8 @@ class _Crew:
                     return heapq.heappop(self._ready)
                 if self._next < len(self._plan.entries):
                     try:
-                        self._begin(self._next)
+                        if self._results[self._next] is None:
+                            self._begin(self._next)
                     except Exception as error:
                         self._fail(self._next, error)
                         return None
@@ -203,11 +222,14 @@ class _Crew:
                 return
             tensor = self._open[index]
         tensor.end_pass(number)
+        result = tensor.result() if number + 1 == tensor.passes else None
+        if result is not None and self._on_tensor is not None:
+            self._on_tensor(result)
         with self._changed:
-            if number + 1 < tensor.passes:
+            if result is None:
                 self._queue(index, tensor, number + 1)
             else:
-                self._results[index] = tensor.result()
+                self._results[index] = result
                 del self._open[index], self._left[index]
                 self._changed.notify_all()
 
