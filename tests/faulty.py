@@ -137,8 +137,7 @@ def forked(words: list[object], folder: Path, *, at: int = NEVER, after: bool = 
         try:
             for number, path in ((1, paths[0]), (2, paths[1])):
                 os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
-            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-            sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
+            sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", encoding="utf-8") for number in (1, 2))
             journal.SYNC_BYTES = 0
             kill = KillAt(at, after=after)
             files.system = kill  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Merges that are cut off and go on: `--resume`, `smelt clean`, and what they refuse. `make kills` does it at length."""
+"""Merges that are cut off and go on: `--resume`, `smelt clean`, what they refuse. `make kills` does it at length."""
 
 from __future__ import annotations
 

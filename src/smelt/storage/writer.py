@@ -75,6 +75,7 @@ class Build:
         self._written: dict[str, int] = {}
         self._counting = threading.Lock()
         self._journal: Journal | None = None
+        self._journaled = False
         self._known: set[str] = set()
         self._anchored = False
         self._unsound = False
@@ -136,6 +137,7 @@ class Build:
             self._open[shard.file] = file
             file.write_at(PREFIX, shard.header[PREFIX:])  # the length stays zero until commit
         if head is not None:
+            self._journaled = True
             self._journal = Journal.create(self._places.journal, head, self._sync_weights)
 
     def _to_resume(self, head: Mapping[str, Any]) -> Found | None:
@@ -155,6 +157,7 @@ class Build:
 
     def _take_over(self, found: Found) -> None:
         """Open the weight files of an earlier build, and see which of its tensors are what its journal says."""
+        self._journaled = True
         self._known = set(found.finished)
         self._journal = Journal.go_on(self._places.journal, found, self._sync_weights)
         for shard in self.layout.shards:
@@ -312,7 +315,7 @@ class Build:
 
     def _remove_leftovers(self, *, replaced: bool) -> None:
         try:
-            if self._journal is not None:
+            if self._journaled:
                 files.remove_file(self._places.journal)
             if replaced:
                 files.remove_tree(self._places.old)
@@ -327,7 +330,7 @@ class Build:
         with held():
             try:
                 self._close(flush=False)
-                if self._journal is not None:
+                if self._journaled:
                     files.remove_file(self._places.journal)
                 files.remove_tree(self.folder)
             finally:
