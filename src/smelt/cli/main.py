@@ -6,6 +6,7 @@ space; 5 numbers; 128 + the signal's number where one ended it: 130 interrupted,
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -18,7 +19,7 @@ from cyclopts import App, CycloptsError
 
 from smelt._version import __version__
 from smelt.cli.show import visible
-from smelt.errors import ManyProblems, RecipeError, SmeltError, nearest
+from smelt.errors import ManyProblems, RecipeError, SmeltError, StorageError, nearest
 from smelt.storage.signals import deferred
 
 app = App(
@@ -87,8 +88,20 @@ def run(words: list[str]) -> int:
     except Exception as error:
         if os.environ.get("SMELT_DEBUG"):
             raise
+        if _lacks_memory(error):
+            fix = "use fewer threads (--threads 1), or raise the limit"
+            return _report(StorageError("not enough memory", fix=fix), as_json)
         fix = "please report it, with what SMELT_DEBUG=1 smelt … prints"
         return _report(SmeltError(f"a defect of smelt: {type(error).__name__}: {error}", fix=fix), as_json)
+
+
+def _lacks_memory(error: BaseException | None) -> bool:
+    """Whether an error goes back to a lack of memory (SystemError: what Python says when it has none to say more)."""
+    while error is not None:
+        if isinstance(error, MemoryError | SystemError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

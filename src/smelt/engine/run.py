@@ -7,6 +7,7 @@ worked on by all, small ones each by one, and only a few are open at a time.
 from __future__ import annotations
 
 import heapq
+import logging
 import os
 import threading
 import time
@@ -19,16 +20,19 @@ import numpy as np
 from smelt.engine.kernels import DEFINITIONS, Kernels, fused
 from smelt.engine.tensor import Budget, Settings, Sink, TensorResult, TensorRun
 from smelt.engine.tiles import DEFAULT_TILE, Scratch
-from smelt.errors import InputError, SmeltError, raise_all
+from smelt.errors import InputError, SmeltError, StorageError, raise_all
 from smelt.planning.entries import Action, Input, Plan
 from smelt.storage.checkpoint import TensorSource
 from smelt.storage.signals import deferred, held
 
+_log = logging.getLogger(__name__)
 KEEP_BYTES = 96 << 20
 """Stored bytes that multi-pass tensors may keep in memory, all together."""
 
 WORTH_KERNELS = 64 << 20
 """Input bytes from which on loading the compiled kernels (half a second) is repaid."""
+_PATIENCE = 1.0
+"""Seconds after which a worker that waits for another looks whether all are still well."""
 _COMPARE = 1 << 20
 """Bytes compared at a time."""
 
@@ -93,8 +97,13 @@ def run(
 
 
 def _kernels() -> Kernels:
-    with deferred():
-        return fused()
+    """The compiled kernels; where there is no memory to load them, the definitions, which give the same."""
+    try:
+        with deferred():
+            return fused()
+    except (MemoryError, OSError, SystemError, ImportError) as error:
+        _log.warning("the compiled kernels cannot be loaded, so this takes longer: %s", error)
+        return DEFINITIONS
 
 
 class _Crew:
@@ -124,6 +133,7 @@ class _Crew:
         self._changed = threading.Condition()
         self._failures: dict[int, BaseException] = {}
         self._stop = False
+        self._lost = False
         self._expected = sum(entry.input_bytes + entry.nbytes for entry in plan.entries if entry.name not in done)
         self.read = self.written = 0
 
@@ -131,9 +141,9 @@ class _Crew:
         threads = [
             threading.Thread(target=self._worker, name=f"smelt-{i}", daemon=True) for i in range(self._settings.workers)
         ]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                _start(thread)
             while any(thread.is_alive() for thread in threads):
                 threads[0].join(0.05) if threads[0].is_alive() else time.sleep(0.005)
                 if progress is not None:
@@ -144,11 +154,14 @@ class _Crew:
                     self._stop = True
                     self._changed.notify_all()
                 for thread in threads:
-                    thread.join()
+                    if thread.ident is not None:
+                        thread.join()
                 for tensor in self._open.values():
                     tensor.abandon()
         if self._failures:  # of several, that of the earliest tensor, whichever thread was quicker
             raise self._failures[min(self._failures)]
+        if self._lost:
+            raise _no_memory()
         if progress is not None:
             progress(self._expected, self._expected)
 
@@ -164,8 +177,11 @@ class _Crew:
                 read, written = self._open[index].task(number, task, scratch)
                 self._done(index, number, read, written)
         except BaseException as error:
-            with self._changed:
-                self._fail(index, error)
+            try:
+                with self._changed:
+                    self._fail(index, error)
+            except BaseException:  # no memory even to say so
+                self._lost = self._stop = True
 
     def _fail(self, index: int, error: BaseException) -> None:
         """Remember what went wrong with a tensor, and stop; the lock is held."""
@@ -174,9 +190,7 @@ class _Crew:
         self._changed.notify_all()
 
     def _placed(self, error: BaseException) -> BaseException:
-        if isinstance(error, MemoryError):
-            return SmeltError("not enough memory for the tiles", fix="use fewer threads (--threads 1)")
-        return error
+        return _no_memory() if isinstance(error, MemoryError) else error
 
     def _take(self) -> tuple[int, int, int] | None:
         with self._changed:
@@ -192,7 +206,7 @@ class _Crew:
                         return None
                     self._next += 1
                 elif self._open:
-                    self._changed.wait()
+                    self._changed.wait(_PATIENCE)
                 else:
                     return None
             return None
@@ -232,6 +246,17 @@ class _Crew:
                 self._results[index] = result
                 del self._open[index], self._left[index]
                 self._changed.notify_all()
+
+
+def _start(thread: threading.Thread) -> None:
+    try:
+        thread.start()
+    except RuntimeError as error:  # what Python says where the system gives no more of them
+        raise StorageError(f"cannot start a thread: {error}", fix="use fewer threads (--threads 1)") from error
+
+
+def _no_memory() -> StorageError:
+    return StorageError("not enough memory for the tiles", fix="use fewer threads (--threads 1), or say --memory SIZE")
 
 
 def check_equal(plan: Plan, sources: Sequence[TensorSource]) -> None:
