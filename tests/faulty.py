@@ -60,7 +60,7 @@ class FailAt:
     """Stands in for `files.system`: call `at` fails with `number`; a write may do half of its work first.
 
     `only` restricts the count to calls whose verb begins so ("rename"). `lasting` lets all later ones fail too, as a
-    full disk or a dead one does.
+    full disk does; but what is to be removed can be.
     """
 
     def __init__(self, at: int, number: int, *, only: str = "", lasting: bool = False) -> None:
@@ -81,7 +81,7 @@ class FailAt:
             fails = number == self.at or (self.lasting and number > self.at)
             if fails and self.failed is None:
                 self.failed = what
-        if not fails or what.startswith("remove"):
+        if not fails or (self.lasting and what.startswith("remove")):
             return self._real(what, path, call, *args, needed=needed)
         if what == "close":  # a close that fails has closed all the same
             self._real(what, path, call, *args)

@@ -167,6 +167,23 @@ def test_a_rename_across_file_systems(case: Case, mode: str) -> None:
     assert at == (2 if mode == "overwrite" else 1)
 
 
+@pytest.mark.parametrize("mode", ["fresh", "overwrite", "resume"])
+def test_what_cannot_be_removed(case: Case, mode: str) -> None:
+    """Before the work it ends the merge, after it the output is there; the next run removes what was left."""
+    at = 0
+    while True:
+        words = case.begin(mode)
+        with failing(at, errno.EBUSY, only="remove") as fault:
+            done = case.merge(case.place / "out", *words)
+        state = case.check(mode, done, fault.failed)
+        assert (done.code == 0) == (state == "new")
+        case.finish()
+        if fault.failed is None:
+            break
+        at += 1
+    assert at >= 1
+
+
 def test_a_sync_that_fails_is_not_tried_again(case: Case) -> None:
     """Not even with --resume is anything kept: what the disk holds is unknown, though it reads well."""
     case.begin("fresh")

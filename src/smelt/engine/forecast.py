@@ -54,23 +54,34 @@ def forecast(
     kernels: bool | None = None,
 ) -> Forecast:
     """Predict a run with these settings; None stands for what `run` takes then."""
-    workers = workers or default_workers()
-    tile = tile or DEFAULT_TILE
-    keep_bytes = KEEP_BYTES if keep_bytes is None else keep_bytes
     kernels = plan.input_bytes >= WORTH_KERNELS if kernels is None else kernels
-    read = 0
-    counts: dict[str, int] = {}
-    largest = kept = 0
-    for entry in plan.entries:
-        count = counts[entry.name] = passes(entry)
-        fits = entry.input_bytes <= keep_bytes
-        kept += entry.input_bytes if count > 1 and fits else 0
-        read += entry.input_bytes * (1 if fits else count)
-        largest = max(largest, _worker_bytes(entry, tile))
-    memory = INTERPRETER + PER_ENTRY * len(plan.entries) + workers * largest + min(kept, keep_bytes)
-    if kernels:
-        memory += COMPILER
-    return Forecast(read, plan.output_bytes, counts, memory, workers, tile, keep_bytes, kernels)
+    return _Costs(plan).with_settings(
+        workers=workers or default_workers(),
+        tile=tile or DEFAULT_TILE,
+        keep_bytes=KEEP_BYTES if keep_bytes is None else keep_bytes,
+        kernels=kernels,
+    )
+
+
+class _Costs:
+    """What of a prediction does not depend on the settings, or on the tile alone: found once for all that are tried."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.passes = {entry.name: passes(entry) for entry in plan.entries}
+        self._inputs = [(entry.input_bytes, self.passes[entry.name]) for entry in plan.entries]
+        self._written = plan.output_bytes
+        self._largest: dict[int, int] = {}
+
+    def with_settings(self, *, workers: int, tile: int, keep_bytes: int, kernels: bool) -> Forecast:
+        if tile not in self._largest:
+            self._largest[tile] = max((_worker_bytes(entry, tile) for entry in self.plan.entries), default=0)
+        kept = sum(size for size, count in self._inputs if count > 1 and size <= keep_bytes)
+        read = sum(size * (1 if size <= keep_bytes else count) for size, count in self._inputs)
+        memory = INTERPRETER + PER_ENTRY * len(self._inputs) + workers * self._largest[tile] + min(kept, keep_bytes)
+        if kernels:
+            memory += COMPILER
+        return Forecast(read, self._written, self.passes, memory, workers, tile, keep_bytes, kernels)
 
 
 def within(memory: int, plan: Plan, *, workers: int | None = None, tile: int | None = None) -> Forecast:
@@ -79,28 +90,26 @@ def within(memory: int, plan: Plan, *, workers: int | None = None, tile: int | N
     Cut are, in this order: the tile and what tensors keep between their passes, the threads, the compiled kernels.
     Raises RecipeError, with the least that would do, where all of that is not enough.
     """
+    costs = _Costs(plan)
     most = workers or default_workers()
-    small = min(tile or DEFAULT_TILE, BLOCK)
-    steps = [(tile, KEEP_BYTES), *((small, KEEP_BYTES // part) for part in (1, 2, 4, 8)), (small, 0)]
-    for kernels in (None, False):
+    wide = tile or DEFAULT_TILE
+    small = min(wide, BLOCK)
+    steps = [(wide, KEEP_BYTES), *((small, KEEP_BYTES // part) for part in (1, 2, 4, 8)), (small, 0)]
+    for kernels in [True, False] if plan.input_bytes >= WORTH_KERNELS else [False]:
         for count in range(most, 0, -1):
             for size, keep in steps:
-                found = forecast(plan, workers=count, tile=size, keep_bytes=keep, kernels=kernels)
+                found = costs.with_settings(workers=count, tile=size, keep_bytes=keep, kernels=kernels)
                 if found.memory <= memory:
                     return found
     largest = max(plan.entries, key=lambda entry: _worker_bytes(entry, small))
-    least = -(-found.memory // _STEP) * _STEP
     raise RecipeError(
         f"the merge does not fit into {size_text(memory)} of memory",
         where=[
             f"the least is about {size_text(found.memory)}, with one thread",
             f"largest tensor {largest.name} {list(largest.shape)}",
         ],
-        fix=f"allow it more: --memory {least // _STEP}MB",
+        fix=f"allow it more: --memory {-(-found.memory // 1_000_000)}MB",
     )
-
-
-_STEP = 1_000_000
 
 
 def _worker_bytes(entry: Entry, tile: int) -> int:
