@@ -70,8 +70,11 @@ class Case:
             return ["--overwrite"]
         return []
 
-    def check(self, mode: str, done: factory.Done, failed: str | None) -> str:
-        """The promises after a run in which the call `failed` was refused; says what the user finds."""
+    def check(self, mode: str, done: factory.Done, failed: str | None, *, dead: bool = False) -> str:
+        """The promises after a run in which the call `failed` was refused; says what the user finds.
+
+        On a `dead` disk the old output can stay where it was put aside: it cannot be renamed back.
+        """
         assert "Traceback" not in done.text, (failed, done.text)
         assert "defect" not in done.text, (failed, done.text)
         out = self.place / "out"
@@ -82,6 +85,10 @@ class Case:
             return "new"
         assert done.code in (STORAGE, INPUT), (failed, done.text)
         assert done.err.count("error: ") >= 1
+        if dead and mode == "overwrite" and not out.exists():
+            assert snapshot(self.place / OURS[3]) == self.old
+            assert OURS[3] in done.err
+            return "aside"
         if mode == "overwrite":
             assert snapshot(out) == self.old, failed
         else:
@@ -115,7 +122,7 @@ def test_every_file_operation_that_fails(case: Case, mode: str, lasting: bool) -
         with eager_journal(), failing(at, errno.EIO, lasting=lasting) as fault:
             done = case.merge(case.place / "out", *words)
         assert threading.active_count() == threads
-        state = case.check(mode, done, fault.failed)
+        state = case.check(mode, done, fault.failed, dead=lasting)
         seen[fault.failed, state] += 1
         case.finish()
         if fault.failed is None:
