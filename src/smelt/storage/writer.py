@@ -296,9 +296,12 @@ class Build:
         try:
             files.rename(out, old)
             files.rename(self.folder, out)
-        except BaseException:  # an interrupt can come after either rename, so look what is there
-            if files.kind(out) is None and files.kind(old) is not None:
-                files.rename(old, out)
+        except BaseException as error:  # an interrupt can come after either rename, so look what is there
+            try:
+                if files.kind(out) is None and files.kind(old) is not None:
+                    files.rename(old, out)
+            except StorageError:
+                error.add_note(f"the former output is in {old}: the next merge to {out.name} puts it back")
             raise
         return True
 
