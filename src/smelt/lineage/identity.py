@@ -67,7 +67,7 @@ def _foreign(plan: Plan) -> dict[str, str]:
         definition = api.get(name).type
         if not definition.__module__.startswith("smelt."):
             found[name] = ""
-            with contextlib.suppress(TypeError, SmeltError):  # defined in a session, with no file
+            with contextlib.suppress(TypeError, SmeltError):  # defined at a prompt, with no file
                 found[name] = file_digest(files.read_bytes(inspect.getfile(definition), limit=_CODE_LIMIT))
     return found
 
