@@ -15,10 +15,12 @@ from typing import Any, get_args
 
 from smelt.engine.backends import CPU, check_name, choose
 from smelt.engine.copying import Known
-from smelt.engine.forecast import Forecast, forecast
+from smelt.engine.forecast import Forecast, forecast, within
 from smelt.engine.run import RunResult, check_equal, run
+from smelt.engine.tensor import TensorResult
 from smelt.errors import InputError, NumericError, RecipeError, SmeltError, StorageError, raise_all
 from smelt.lineage.card import CARD, card
+from smelt.lineage.identity import identity
 from smelt.lineage.record import RECORD, file_digest, record
 from smelt.lineage.trusted import Claim, trusted
 from smelt.methods.loading import MethodFile, load_file
@@ -34,6 +36,7 @@ from smelt.recipe.schema import Recipe, Relaxation
 from smelt.specs import TensorSpec
 from smelt.storage import files
 from smelt.storage.checkpoint import Checkpoint, TensorSource
+from smelt.storage.journal import Finished
 from smelt.storage.writer import Build, OutputTensor, check_out, layout
 
 SHARD_BYTES = 5_000_000_000
@@ -65,7 +68,8 @@ class Prepared:
 @dataclass(frozen=True, slots=True)
 class MergeReport:
     """What a merge did. `seconds` is the whole call; of these, `engine_seconds` went into reading, working on and
-    writing tensors, and `commit_seconds` into making the output durable."""
+    writing tensors, and `commit_seconds` into making the output durable. `resumed` counts the tensors that an
+    interrupted run had written."""
 
     out: Path
     plan: Plan
@@ -78,6 +82,7 @@ class MergeReport:
     warnings: tuple[str, ...]
     trusted: tuple[str, ...] = ()
     """Tensors that were moved unread, with the digest that their model's record names."""
+    resumed: int = 0
 
 
 @contextmanager
@@ -90,6 +95,7 @@ def prepare(
     workers: int | None = None,
     tile: int | None = None,
     device: str = CPU,
+    memory: int | None = None,
     trust_methods: bool = False,
     trust_pickles: bool = False,
     weights: bool = True,
@@ -98,13 +104,14 @@ def prepare(
 ) -> Iterator[Prepared]:
     """Parse, open and plan; the models are closed when the context ends.
 
-    `recipe` is a path, a mapping or a Recipe. `strict` makes warnings errors. With `weights` false, no weights are
-    downloaded: the headers of a model on the hub are enough for a plan. Where the merge is to write into `out`,
-    an `out` that cannot be is told before any model is opened, with the models that are not there. Raises RecipeError,
-    InputError or StorageError with every problem that was found.
+    `recipe` is a path, a mapping or a Recipe. `strict` makes warnings errors. `memory` (bytes) cuts threads and buffers
+    until the predicted peak is below it. With `weights` false, no weights are downloaded: the headers of a model on the
+    hub are enough for a plan. Where the merge is to write into `out`, an `out` that cannot be is told before any model
+    is opened, with the models that are not there. Raises RecipeError, InputError or StorageError with every problem
+    that was found.
     """
     allowed = allowances(allow)
-    check_numbers(workers=workers, tile=tile)
+    check_numbers(workers=workers, tile=tile, memory=memory)
     check_name(device)
     beside = path = None
     if isinstance(recipe, str | Path):
@@ -131,8 +138,11 @@ def prepare(
         if strict and plan.warnings:
             raise RecipeError(_strictly(len(plan.warnings)), where=list(plan.warnings))
         tokenizer = next(model for model in opened.values() if model.name == plan.tokenizer)
-        predicted = forecast(plan, workers=workers, tile=tile, device=device)
-        yield Prepared(recipe, opened, models, tokenizer, plan, predicted, method_files)
+        if memory is None:
+            cost = forecast(plan, workers=workers, tile=tile, device=device)
+        else:
+            cost = within(memory, plan, workers=workers, tile=tile, device=device)
+        yield Prepared(recipe, opened, models, tokenizer, plan, cost, method_files)
 
 
 def allowances(allow: Iterable[str]) -> frozenset[str]:
@@ -150,7 +160,12 @@ def check_numbers(**numbers: int | None) -> None:
             raise RecipeError(f"{_SAID[name]} must be at least 1, not {number}", fix="leave it out for the default")
 
 
-_SAID = {"workers": "the number of threads", "tile": "the tile size", "shard_bytes": "the shard size"}
+_SAID = {
+    "workers": "the number of threads",
+    "tile": "the tile size",
+    "memory": "the memory",
+    "shard_bytes": "the shard size",
+}
 
 
 def _strictly(count: int) -> str:
@@ -201,6 +216,7 @@ def merge(
     out: str | Path,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     allow: Iterable[str] = (),
     strict: bool = False,
     seed: int = 0,
@@ -208,22 +224,26 @@ def merge(
     workers: int | None = None,
     tile: int | None = None,
     device: str = CPU,
+    memory: int | None = None,
     hash_inputs: bool = False,
     trust_methods: bool = False,
     trust_digests: bool = False,
     trust_pickles: bool = False,
     progress: Progress | None = None,
     on_plan: Callable[[Prepared], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> MergeReport:
     """Merge models as a recipe says, into the folder `out`, which appears whole or not at all.
 
     `allow` relaxes checks by name (`extra_tensor`, `missing_tensor`, `nonfinite`, `vocabulary`); `strict` makes
     warnings errors; `seed` drives the random methods; `workers` (threads) and `tile` (elements) change the speed, never
-    the result; `device` is where methods work, `cpu` or with torch `cuda` (`cuda:1`), where numbers may differ in the
-    last place; `hash_inputs` records the sha256 of every input file; `trust_methods` lets the recipe load method files,
-    which are code; `trust_digests` copies tensors that stay as they are unread, with the digests that the `smelt.json`
-    of their model names; `trust_pickles` has torch read models that are stored as pickles, in a process apart.
-    `progress` is called with (bytes done, bytes in all), `on_plan` once before all writing.
+    the result, and so does `memory`, the most bytes the process may take; `device` is where methods work, `cpu` or with
+    torch `cuda` (`cuda:1`), where numbers may differ in the last place; `hash_inputs` records the sha256 of every input
+    file; `trust_methods` lets the recipe load method files, which are code; `trust_digests` copies tensors that stay as
+    they are unread, with the digests that the `smelt.json` of their model names; `trust_pickles` has torch read models
+    that are stored as pickles, in a process apart. `resume` goes on where an earlier run of this merge was cut off, and
+    leaves what is finished if it is interrupted itself. `progress` is called with (bytes done, bytes in all), `on_plan`
+    once before anything is written, `on_note` with what is worth telling meanwhile.
 
     Raises RecipeError, InputError, StorageError or NumericError, after which `out` is what it was before.
     """
@@ -239,13 +259,14 @@ def merge(
         workers=workers,
         tile=tile,
         device=device,
+        memory=memory,
         trust_methods=trust_methods,
         trust_pickles=trust_pickles,
         out=out,
         overwrite=overwrite,
     ) as prepared:
         backend = choose(device)
-        plan, models = prepared.plan, prepared.models
+        plan, models, cost = prepared.plan, prepared.models, prepared.forecast
         _refuse_overlap(out, _inputs(recipe, prepared))
         shards = layout([OutputTensor(e.name, e.dtype, e.shape) for e in plan.entries], shard_bytes=shard_bytes)
         check(plan, models, shards)
@@ -255,19 +276,35 @@ def merge(
         if strict and doubts:
             raise RecipeError(_strictly(len(doubts)), where=doubts)
         papers = _papers(prepared, name=Path(os.path.realpath(out)).name)
+        head = identity(
+            plan,
+            shards,
+            inputs=[source.files for source in sources],
+            allow=allowed | frozenset(prepared.recipe.allow),
+            shard_bytes=shard_bytes,
+            companions=papers,
+            method_files=prepared.method_files,
+        )
         if on_plan is not None:
             on_plan(prepared)
-        with Build.start(out, shards, overwrite=overwrite) as folder:
+        with Build.start(out, shards, overwrite=overwrite, head=head, resume=resume) as folder:
+            if on_note is not None:
+                for line in _begun(folder, len(plan.entries)):
+                    on_note(line)
             try:
                 done = run(
                     plan,
                     sources,
                     folder,
-                    workers=workers,
-                    tile=tile,
+                    workers=cost.workers,
+                    tile=cost.tile,
                     allow_nonfinite="nonfinite" in allowed or "nonfinite" in prepared.recipe.allow,
                     backend=backend,
                     known=_known(plan, sources, folder, claims),
+                    kernels=cost.kernels,
+                    keep_bytes=cost.keep_bytes,
+                    done={t.name: TensorResult(t.name, t.digest, t.inherited, t.created) for t in folder.resumed},
+                    on_tensor=lambda t: folder.finished(Finished(t.name, t.digest, t.inherited, t.created)),
                     progress=progress,
                 )
             except BaseException:
@@ -299,6 +336,7 @@ def merge(
         nonfinite=nonfinite,
         warnings=(*plan.warnings, *doubts, *_nonfinite_warnings(nonfinite)),
         trusted=tuple(claims),
+        resumed=len(folder.resumed),
     )
 
 
@@ -317,6 +355,15 @@ def _known(plan: Plan, sources: Sequence[TensorSource], folder: Build, claims: M
 
 def _move(folder: Build, name: str, source: Checkpoint, tensor: TensorSpec, start: int, stop: int) -> None:
     folder.take(name, start, stop, source=source.file_of(tensor), offset=tensor.offset + start)
+
+
+def _begun(folder: Build, total: int) -> list[str]:
+    """What is worth telling of an earlier run's unfinished output."""
+    if folder.resumed:
+        return [f"resuming: {len(folder.resumed)} of {total} tensors were finished, and are as they were written"]
+    if folder.discarded:
+        return ["the unfinished output of an earlier run was removed"]
+    return []
 
 
 def _inputs(recipe: object, prepared: Prepared) -> list[Path]:

@@ -23,9 +23,11 @@ def merge(
     /,
     *,
     overwrite: Flag = False,
+    resume: Flag = False,
     shard_size: Annotated[str, Parameter(name=["--shard-size", "--out-shard-size"])] = "5GB",
     threads: int | None = None,
     device: str = CPU,
+    memory: str | None = None,
     seed: Seed = 0,
     allow: Allow = [],  # noqa: B006
     strict: Flag = False,
@@ -47,12 +49,16 @@ def merge(
         The folder to write; it must not exist, or be empty.
     overwrite
         Replace OUT if it is there; the old one stays until the new one is complete.
+    resume
+        Go on where an earlier run of this merge was cut off; if interrupted, keep what is finished.
     shard_size
         Most bytes of tensors in one file, such as 5GB.
     threads
         Worker threads; all cores by default. The result does not depend on it.
     device
         Where the methods work: cpu, or with torch cuda (cuda:1); numbers may differ in the last place.
+    memory
+        Most memory to use, such as 500MB: threads and buffers are cut to fit. The result does not depend on it.
     seed
         Seed of the random methods.
     allow
@@ -82,9 +88,11 @@ def merge(
             recipe,
             out,
             overwrite=overwrite,
+            resume=resume,
             shard_bytes=parse_size(shard_size),
             workers=threads,
             device=device,
+            memory=None if memory is None else parse_size(memory),
             seed=seed,
             allow=allow,
             strict=strict,
@@ -94,6 +102,7 @@ def merge(
             trust_pickles=trust_pickles,
             progress=report,
             on_plan=None if quiet else lambda prepared: _say_plan(prepared, out, verbose=verbose),
+            on_note=None if quiet else lambda note: print(visible(f"note: {note}"), file=sys.stderr),
         )
     if as_json:
         print(json.dumps(_as_json(done), indent=1))
@@ -140,6 +149,7 @@ def _as_json(done: MergeReport) -> dict[str, object]:
         "bytes_read": done.bytes_read,
         "bytes_written": done.bytes_written,
         "seconds": round(done.seconds, 3),
+        "resumed": done.resumed,
         "engine_seconds": round(done.engine_seconds, 3),
         "commit_seconds": round(done.commit_seconds, 3),
         "nonfinite": dict(done.nonfinite),

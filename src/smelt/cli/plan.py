@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from smelt.cli.options import Allow, Flag, Json, Seed
-from smelt.cli.show import count_text, counted, on_device, size_text, table, visible
+from smelt.cli.show import count_text, counted, on_device, parse_size, size_text, table, visible
 from smelt.engine.backends import CPU
 from smelt.errors import RecipeError, nearest
 from smelt.merging import Prepared, prepare
@@ -21,6 +21,7 @@ def plan(
     explain: str | None = None,
     threads: int | None = None,
     device: str = CPU,
+    memory: str | None = None,
     seed: Seed = 0,
     allow: Allow = [],  # noqa: B006
     strict: Flag = False,
@@ -42,6 +43,8 @@ def plan(
         Worker threads the prediction is for; all cores by default.
     device
         The device the prediction is for: cpu, cuda or cuda:1. It need not be there.
+    memory
+        Most memory a merge may use, such as 500MB: threads and buffers are cut to fit.
     seed
         Seed of the random methods.
     allow
@@ -62,6 +65,7 @@ def plan(
         seed=seed,
         workers=threads,
         device=device,
+        memory=None if memory is None else parse_size(memory),
         trust_methods=trust_methods,
         trust_pickles=trust_pickles,
         weights=False,

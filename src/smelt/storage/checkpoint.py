@@ -7,6 +7,7 @@ from arrays. Which files make a checkpoint is decided by `sources`.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from smelt.errors import InputError
+from smelt.errors import InputError, StorageError
 from smelt.specs import TensorSpec
 from smelt.storage import files, paths, strict_json
 from smelt.storage.files import Buffer, ReadFile, Stamp
@@ -193,11 +194,12 @@ class Checkpoint:
         return [info.name for info in self.files if files.stamp(info.path) != info.stamp]
 
     def close(self) -> None:
-        """Close all files. No read may be under way."""
+        """Close all files. No read may be under way. Nothing is lost by what the system refuses here."""
         with self._lock:
             self._closed = True
             while self._open:
-                self._open.popitem()[1].close()
+                with contextlib.suppress(StorageError):
+                    self._open.popitem()[1].close()
 
     def __enter__(self) -> Checkpoint:
         return self
