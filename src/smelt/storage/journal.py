@@ -160,8 +160,12 @@ class Journal:
             self._pending.append((finished, file))
             self._bytes += nbytes
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="smelt-journal", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="smelt-journal", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # what Python says where the system gives no more of them
+                    raise MemoryError(str(error)) from error
+                self._thread = thread
             if self._bytes >= SYNC_BYTES:
                 self._changed.notify_all()
 
