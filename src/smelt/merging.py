@@ -16,7 +16,7 @@ from typing import Any, get_args
 from smelt.engine.backends import CPU, check_name, choose
 from smelt.engine.copying import Known
 from smelt.engine.forecast import Forecast, forecast, within
-from smelt.engine.run import RunResult, check_equal, run
+from smelt.engine.run import RunResult, check_equal, preload, run
 from smelt.engine.tensor import TensorResult
 from smelt.errors import InputError, NumericError, RecipeError, SmeltError, StorageError, raise_all
 from smelt.lineage.card import CARD, card
@@ -287,6 +287,8 @@ def merge(
         )
         if on_plan is not None:
             on_plan(prepared)
+        if cost.kernels and backend.kernels is None:
+            preload()
         with Build.start(out, shards, overwrite=overwrite, head=head, resume=resume) as folder:
             if on_note is not None:
                 for line in _begun(folder, len(plan.entries)):
