@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from reference.averaging import ema, expo, geometric_median, sma, wma
 from reference.inputs import Array
 from reference.linear import linear
 from reference.model_stock import model_stock
@@ -38,6 +39,9 @@ REFERENCE: dict[str, Callable[..., Array]] = {
     "dare_ties": dare_ties,
     "della": della,
     "della_linear": della_linear,
+    "ema": ema,
+    "expo": expo,
+    "geometric_median": geometric_median,
     "karcher": karcher,
     "linear": linear,
     "model_stock": model_stock,
@@ -49,6 +53,8 @@ REFERENCE: dict[str, Callable[..., Array]] = {
     "ramplus_tl": ramplus_tl,
     "sce": sce,
     "slerp": slerp,
+    "sma": sma,
     "task_arithmetic": task_arithmetic,
     "ties": ties,
+    "wma": wma,
 }

@@ -53,8 +53,8 @@ def _no_warnings() -> Iterator[None]:
         yield
 
 
-def test_the_twenty() -> None:
-    assert len(REFERENCE) == 20
+def test_the_registry() -> None:
+    assert len(REFERENCE) == 25
     assert list(REFERENCE) == sorted(REFERENCE)
 
 
@@ -310,6 +310,33 @@ def test_sce() -> None:
         merge("sce", tied, base, select_topk=0.5)
 
 
+def test_averages_of_checkpoints() -> None:
+    models = [[1, 0], [2, 0], [6, 3]]
+    expect(merge("sma", models), [3, 1])
+    expect(merge("wma", models), [23 / 6, 1.5])
+    expect(merge("ema", models, alpha=0.5), [3.75, 1.5])
+    expect(merge("ema", models, alpha=1.0), [6, 3])
+
+
+def test_expo() -> None:
+    expect(merge("expo", [[3, 1]], [1, 1], alpha=0.5), [4, 1])
+    expect(merge("expo", [[3, 1]], [1, 1], alpha=-1.0), [1, 1])
+
+
+def test_geometric_median() -> None:
+    expect(merge("geometric_median", [[0], [1], [100]], tol=0.0, max_iter=9999)[0].round(4), 1)  # on a line: the median
+    corner = [[0, 0], [1, 0], [0, 1]]  # the Fermat point of a triangle with a right angle
+    side = (3 - np.sqrt(3)) / 6
+    np.testing.assert_allclose(merge("geometric_median", corner), [side, side], rtol=1e-6)
+    expect(merge("geometric_median", corner, max_iter=0), [1 / 3, 1 / 3])
+    expect(merge("geometric_median", corner, weight=[0, 1, 1], max_iter=0), [0.5, 0.5])
+    rows = merge("geometric_median", [[[0, 0], [5, 5]], [[1, 0], [5, 5]], [[0, 1], [5, 5]]], row_wise=True)
+    np.testing.assert_allclose(rows, [[side, side], [5, 5]], rtol=1e-6)
+    for wrong in ([-1, 1, 1], [0, 0, 0]):
+        with pytest.raises(ValueError, match="weights"):
+            merge("geometric_median", corner, weight=wrong)
+
+
 def test_nearswap() -> None:
     expect(merge("nearswap", [[1, 0.001, 3]], [0, 0, 3], t=0.002), [0.002, float(np.float32(0.001)), 3])
 
@@ -333,8 +360,8 @@ def test_ram() -> None:
 # Tensors that merge tools stumble over
 
 SHAPES = [(), (1,), (5,), (4, 1), (1, 4), (3, 4), (2, 3, 4), (0,), (0, 3), (3, 0)]
-WITHOUT_BASE = {"linear", "karcher", "passthrough"}
-ONE_MODEL = {"slerp", "nearswap", "arcee_fusion", "passthrough"}
+WITHOUT_BASE = {"linear", "karcher", "passthrough", "sma", "wma", "ema", "geometric_median"}
+ONE_MODEL = {"slerp", "nearswap", "arcee_fusion", "passthrough", "expo"}
 TWO_MODELS = {"nuslerp"}
 SPARSE = {"ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear"}
 WEIGHTED = SPARSE | {"linear", "nuslerp", "multislerp", "task_arithmetic"}
@@ -351,6 +378,8 @@ def settings(method: str, n: int) -> dict[str, Any]:
         found["t"] = 0.4
     if method == "sce":
         found["select_topk"] = 0.5
+    if method == "expo":
+        found["alpha"] = 0.3
     return found
 
 

@@ -25,6 +25,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dare_ties": {**TRIMMED, "normalize": False, "rescale": True, "lambda": 1.0},
     "della": {**DELLA, "normalize": True, "rescale": True, "lambda": 1.0},
     "della_linear": {**DELLA, "normalize": False, "rescale": True, "lambda": 1.0},
+    "ema": {"alpha": 0.2},
+    "expo": {"alpha": required},
+    "geometric_median": {"weight": 1.0, "row_wise": False, "max_iter": 100, "tol": 1e-9},
     "karcher": {"max_iter": 10, "tol": 1e-5},
     "linear": {**WEIGHT, "normalize": True},
     "model_stock": {"filter_wise": False},
@@ -36,8 +39,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ramplus_tl": {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5},
     "sce": {"select_topk": 1.0},
     "slerp": {"t": required},
+    "sma": {},
     "task_arithmetic": {**WEIGHT, "normalize": False, "lambda": 1.0},
     "ties": {**TRIMMED, "normalize": True, "rescale": False, "lambda": 1.0},
+    "wma": {},
 }
 PER_MODEL = {"weight", "density", "gamma", "epsilon", "scale"}
 METHOD_WIDE = {("ram", "epsilon"), ("ramplus_tl", "epsilon")}
@@ -46,11 +51,14 @@ RANGES = {
     "max_iter": "[0, inf)",
     "tol": "[0, inf)",
     "eps": "(0, inf)",
+    ("ema", "alpha"): "(0, 1]",
+    ("geometric_median", "weight"): "[0, inf)",
     ("ram", "epsilon"): "[0, inf)",
     ("ramplus_tl", "epsilon"): "[0, inf)",
 }
 ARITIES = {
     "arcee_fusion": (1, 1),
+    "expo": (1, 1),
     "model_stock": (2, None),
     "nearswap": (1, 1),
     "nuslerp": (2, 2),
