@@ -89,3 +89,73 @@ def test_geometric_median_has_the_least_sum_of_distances() -> None:
     random = np.random.default_rng(1)
     assert all(cost(got) <= cost(got + random.normal(0, 1e-3, got.shape)) for _ in range(20))
     assert cost(got) < cost(np.average(np.asarray(models, dtype=np.float64), axis=0, weights=weight))
+
+
+# Which entries count
+
+
+def test_localize_leaves_all_but_the_regions_to_the_base() -> None:
+    """Small regions hardly meet: nearly all of each is taken whole; every other entry is the base's, to the bit."""
+    models = moved(3, (200, 100))
+    base = moved(1, (200, 100), seed=9)[0]
+    tuned = [(base + one).astype(np.float32) for one in models]
+    got = merge(tuned, "localize", base, density=0.02)
+    deltas = [(model - base).astype(np.float32) for model in tuned]
+    regions = [np.abs(delta) >= np.sort(np.abs(delta), axis=None)[-400] for delta in deltas]
+    covered = np.sum(regions, axis=0)
+    assert np.array_equal(got[covered == 0], base[covered == 0].astype(np.float64))
+    assert (covered > 1).sum() < 0.1 * (covered > 0).sum()
+    for tensor, region in zip(tuned, regions, strict=True):
+        alone = region & (covered == 1)
+        np.testing.assert_allclose(got[alone], tensor[alone], rtol=1e-6)
+
+
+def test_consensus_removes_what_one_model_or_none_asks_for() -> None:
+    base = np.zeros(4, dtype=np.float32)
+    shared, selfish, torn, small = 1.0, 1.0, 1.0, 0.1
+    one = np.array([shared, selfish, torn, small], dtype=np.float32)
+    two = np.array([shared, 0.0, -torn, small], dtype=np.float32)
+    three = np.array([shared, 0.0, 0.0, small], dtype=np.float32)
+    got = merge([one, two, three], "consensus", base, threshold=0.4)
+    np.testing.assert_allclose(got, [3.0, 0.0, 0.0, 0.3], atol=1e-6)
+    nothing = merge([one, two, three], "consensus", base, threshold=0.6)
+    np.testing.assert_allclose(nothing, [0.0, 0.0, 0.0, 0.0], atol=1e-6)  # shared by all, and for each too small a part
+
+
+def test_consensus_of_none_is_task_arithmetic() -> None:
+    models, base = moved(3), moved(1, seed=4)[0]
+    plain = merge(models, "task_arithmetic", base, weight=[0.4, 0.3, 0.5], lambda_=0.8)
+    got = merge(models, "consensus", base, weight=[0.4, 0.3, 0.5], lambda_=0.8, agreement=0)
+    np.testing.assert_allclose(got, plain, atol=1e-6)
+    counts = [
+        int((merge(models, "consensus", zeros(), agreement=agreement, threshold=level) != 0.0).sum())
+        for level in (0.2, 0.6)
+        for agreement in (0, 1, 2, 3)
+    ]
+    assert counts[:4] == sorted(counts[:4], reverse=True)
+    assert counts[4:] == sorted(counts[4:], reverse=True)
+    assert counts[5] < counts[1]
+
+
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_pcb_balances_between_the_models(row_wise: bool) -> None:
+    """Its coefficients sum to 1 at each entry, and the larger entry has the larger one."""
+    models = moved(2)
+    got = merge(models, "pcb", zeros(), density=1.0, row_wise=row_wise)
+    low, high = np.minimum(*models), np.maximum(*models)
+    assert ((got >= low - 1e-6) & (got <= high + 1e-6)).all()
+    apart = np.abs(models[0] - models[1]) > 0.3
+    share = ((got - models[1]) / (models[0] - models[1]))[apart]
+    larger = (np.abs(models[0]) - np.abs(models[1]))[apart]
+    assert np.corrcoef(share, larger)[0, 1] > 0.7
+    doubled = merge([2 * model for model in models], "pcb", zeros(), density=1.0, row_wise=row_wise)
+    np.testing.assert_allclose(doubled, 2 * got, atol=1e-6)
+
+
+def test_pcb_drops_what_matters_least() -> None:
+    model = moved(1)[0]
+    got = merge([model], "pcb", zeros(), density=0.25)
+    kept = got != 0.0
+    assert kept.sum() == model.size // 4
+    assert np.abs(model[kept]).min() > np.abs(model[~kept]).max()
+    np.testing.assert_allclose(got[kept], model[kept], rtol=1e-6)

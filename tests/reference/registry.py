@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from reference.averaging import ema, expo, geometric_median, sma, wma
+from reference.balancing import consensus, localize, pcb
 from reference.inputs import Array
 from reference.linear import linear
 from reference.model_stock import model_stock
@@ -35,6 +36,7 @@ REFERENCE: dict[str, Callable[..., Array]] = {
     "arcee_fusion": arcee_fusion,
     "breadcrumbs": breadcrumbs,
     "breadcrumbs_ties": breadcrumbs_ties,
+    "consensus": consensus,
     "dare_linear": dare_linear,
     "dare_ties": dare_ties,
     "della": della,
@@ -44,11 +46,13 @@ REFERENCE: dict[str, Callable[..., Array]] = {
     "geometric_median": geometric_median,
     "karcher": karcher,
     "linear": linear,
+    "localize": localize,
     "model_stock": model_stock,
     "multislerp": multislerp,
     "nearswap": nearswap,
     "nuslerp": nuslerp,
     "passthrough": passthrough,
+    "pcb": pcb,
     "ram": ram,
     "ramplus_tl": ramplus_tl,
     "sce": sce,

@@ -54,7 +54,7 @@ def _no_warnings() -> Iterator[None]:
 
 
 def test_the_registry() -> None:
-    assert len(REFERENCE) == 25
+    assert len(REFERENCE) == 28
     assert list(REFERENCE) == sorted(REFERENCE)
 
 
@@ -337,6 +337,38 @@ def test_geometric_median() -> None:
             merge("geometric_median", corner, weight=wrong)
 
 
+def test_localize() -> None:
+    models, base = [[5, 1, 3, 0], [4, 1, -2, 0]], [0, 0, 0, 0]
+    expect(merge("localize", models, base, density=[0.5, 0.25], keep=Given(0.5, 0.5)), [4.5, 0, 3, 0])
+    expect(merge("localize", models, base, density=[1, 0], lambda_=2.0, keep=Given(0.5, 0.5)), [10, 2, 6, 0])
+    rows = [[[5, 1], [3, 0]], [[4, 1], [-2, 0]]]
+    halves = merge("localize", rows, np.zeros((2, 2)), density=[0.5, 0.5], row_wise=True, keep=Given(0.5, 0.5))
+    expect(halves, [[4.5, 0], [0.5, 0]])
+
+
+def test_consensus() -> None:
+    models, base = [[4, 1, 0, 2], [1, 1, 0, -2], [0, 1, 3, 1]], [0, 0, 0, 0]
+    expect(merge("consensus", models, base, threshold=[0.5] * 3), [0, 3, 0, 1])
+    expect(merge("consensus", models, base, threshold=[0.5] * 3, agreement=1), [5, 3, 3, 1])
+    expect(merge("consensus", models, base, threshold=[0.6] * 3, agreement=1), [5, 0, 3, 1])
+    expect(merge("consensus", models, base, agreement=0, weight=[1, 2, 0], lambda_=0.5), [3, 1.5, 0, -1])
+    for wrong in (models[:1], models[:2]):
+        with pytest.raises(ValueError, match="two models"):
+            merge("consensus", wrong, base, agreement=3)
+
+
+def test_pcb() -> None:
+    models, base = [[1, 0], [1, 2]], [0, 0]
+    # squares (1, 0) and (1, 4), products (1, 0): norms (1, 0), (0, 1), (1, 0)
+    high, low = np.e / (1 + np.e), 1 / (1 + np.e)
+    intra = np.array([[np.e**2, 1], [1, np.e**2]]) / (1 + np.e**2)
+    beta = intra * np.array([[2 * high, 2 * low], [low + high, high + low]])
+    want = [(beta[0, 0] + beta[1, 0]) / beta[:, 0].sum(), 2 * beta[1, 1] / beta[:, 1].sum()]
+    expect(merge("pcb", models, base, density=[1, 1]), want)
+    expect(merge("pcb", models, base, density=[0.5, 0.5], keep=Given(0.5, 0.5)), [1, 2])
+    expect(merge("pcb", [[3, 1]], base, density=[1], lambda_=0.5), [1.5, 0.5])
+
+
 def test_nearswap() -> None:
     expect(merge("nearswap", [[1, 0.001, 3]], [0, 0, 3], t=0.002), [0.002, float(np.float32(0.001)), 3])
 
@@ -378,6 +410,8 @@ def settings(method: str, n: int) -> dict[str, Any]:
         found["t"] = 0.4
     if method == "sce":
         found["select_topk"] = 0.5
+    if method in ("localize", "pcb"):
+        found["density"] = [0.5] * n
     if method == "expo":
         found["alpha"] = 0.3
     return found
@@ -388,7 +422,7 @@ def counts(method: str) -> list[int]:
         return [1]
     if method in TWO_MODELS:
         return [2]
-    return [2, 3] if method == "model_stock" else [1, 2, 3]
+    return [2, 3] if method in ("model_stock", "consensus") else [1, 2, 3]
 
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

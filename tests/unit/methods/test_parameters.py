@@ -21,6 +21,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "arcee_fusion": {},
     "breadcrumbs": {**BREADCRUMBS, "normalize": False, "rescale": False, "lambda": 1.0},
     "breadcrumbs_ties": {**BREADCRUMBS, "normalize": False, "rescale": False, "lambda": 1.0},
+    "consensus": {"weight": 1.0, "threshold": 0.4, "agreement": 2, "lambda": 1.0},
     "dare_linear": {**TRIMMED, "normalize": False, "rescale": True, "lambda": 1.0},
     "dare_ties": {**TRIMMED, "normalize": False, "rescale": True, "lambda": 1.0},
     "della": {**DELLA, "normalize": True, "rescale": True, "lambda": 1.0},
@@ -30,11 +31,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "geometric_median": {"weight": 1.0, "row_wise": False, "max_iter": 100, "tol": 1e-9},
     "karcher": {"max_iter": 10, "tol": 1e-5},
     "linear": {**WEIGHT, "normalize": True},
+    "localize": {"density": 0.05, "row_wise": False, "lambda": 1.0},
     "model_stock": {"filter_wise": False},
     "multislerp": {**WEIGHT, "normalize_weights": True, "eps": 1e-8},
     "nearswap": {"t": required},
     "nuslerp": {**WEIGHT, "nuslerp_flatten": True, "nuslerp_row_wise": False},
     "passthrough": {"scale": 1.0},
+    "pcb": {"density": 0.1, "row_wise": False, "lambda": 1.0},
     "ram": {"epsilon": 1e-5},
     "ramplus_tl": {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5},
     "sce": {"select_topk": 1.0},
@@ -44,13 +47,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ties": {**TRIMMED, "normalize": True, "rescale": False, "lambda": 1.0},
     "wma": {},
 }
-PER_MODEL = {"weight", "density", "gamma", "epsilon", "scale"}
+PER_MODEL = {"weight", "density", "gamma", "epsilon", "scale", "threshold"}
 METHOD_WIDE = {("ram", "epsilon"), ("ramplus_tl", "epsilon")}
 RANGES = {
     "gamma": "[0, 1]",
     "max_iter": "[0, inf)",
     "tol": "[0, inf)",
     "eps": "(0, inf)",
+    "threshold": "[0, inf)",
+    "agreement": "[0, inf)",
     ("ema", "alpha"): "(0, 1]",
     ("geometric_median", "weight"): "[0, inf)",
     ("ram", "epsilon"): "[0, inf)",
@@ -58,6 +63,7 @@ RANGES = {
 }
 ARITIES = {
     "arcee_fusion": (1, 1),
+    "consensus": (2, None),
     "expo": (1, 1),
     "model_stock": (2, None),
     "nearswap": (1, 1),
