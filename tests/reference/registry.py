@@ -19,6 +19,7 @@ from reference.model_stock import model_stock
 from reference.passthrough import passthrough
 from reference.ram import ram, ramplus_tl
 from reference.sce import sce
+from reference.singular import iso_c, iso_cts, tsv, wudi
 from reference.spherical import karcher, multislerp, nuslerp, slerp
 from reference.task_vectors import (
     breadcrumbs,
@@ -44,6 +45,8 @@ REFERENCE: dict[str, Callable[..., Array]] = {
     "ema": ema,
     "expo": expo,
     "geometric_median": geometric_median,
+    "iso_c": iso_c,
+    "iso_cts": iso_cts,
     "karcher": karcher,
     "linear": linear,
     "localize": localize,
@@ -60,5 +63,7 @@ REFERENCE: dict[str, Callable[..., Array]] = {
     "sma": sma,
     "task_arithmetic": task_arithmetic,
     "ties": ties,
+    "tsv": tsv,
     "wma": wma,
+    "wudi": wudi,
 }

@@ -223,6 +223,8 @@ class TensorRun:
 
     def _checked(self, values: Any, shape: tuple[int, ...]) -> Any:
         """A tile's result as a flat float32 array; it must have the shape of the tile."""
+        if isinstance(values, np.generic):  # what NumPy makes of 0-d arrays
+            values = np.asarray(values)
         if not isinstance(values, np.ndarray) or values.dtype != np.float32 or values.shape != shape:
             raise self._misused(type(self._method).tile, described(values), f"return an array, float32 {list(shape)}")
         return np.ascontiguousarray(values).reshape(-1)
