@@ -159,3 +159,148 @@ def test_pcb_drops_what_matters_least() -> None:
     assert kept.sum() == model.size // 4
     assert np.abs(model[kept]).min() > np.abs(model[~kept]).max()
     np.testing.assert_allclose(got[kept], model[kept], rtol=1e-6)
+
+
+# Singular directions
+
+
+def low_rank(count: int, rank: int, *, seed: int = 0, shape: tuple[int, int] = (60, 40)) -> list[np.ndarray]:
+    """Task vectors of a few directions with lengths that fall off."""
+    random = np.random.default_rng(seed)
+    m, n = shape
+    lengths = 2.0 ** -np.arange(rank)
+    made = []
+    for _ in range(count):
+        left, right = (np.linalg.qr(random.normal(size=(side, rank)))[0] for side in (m, n))
+        made.append(((left * lengths) @ right.T).astype(np.float32))
+    return made
+
+
+def test_iso_c_makes_all_singular_values_equal() -> None:
+    models = moved(3)
+    total = np.sum(models, axis=0, dtype=np.float64)
+    got = merge(models, "iso_c", zeros())
+    values = np.linalg.svd(got, compute_uv=False)
+    mean = np.linalg.svd(total, compute_uv=False).mean()
+    np.testing.assert_allclose(values, mean, rtol=1e-5)
+    left, _, right = np.linalg.svd(total, full_matrices=False)
+    np.testing.assert_allclose(got, mean * left @ right, atol=1e-6)
+
+
+def test_iso_c_flattens_the_directions_that_there_are() -> None:
+    """Adapters merged into weights have few: the others stay nought."""
+    models = low_rank(2, 3)
+    values = np.linalg.svd(merge(models, "iso_c", zeros((60, 40))), compute_uv=False)
+    np.testing.assert_allclose(values[:6], values[0], rtol=1e-5)
+    assert (values[6:] < 1e-6).all()
+    first = np.linalg.svd(merge(models, "iso_c", zeros((60, 40)), rank=2), compute_uv=False)
+    np.testing.assert_allclose(first[:2], first[0], rtol=1e-5)
+    assert (first[2:] < 1e-6).all()
+
+
+def test_tsv_makes_singular_vectors_orthogonal_across_tasks() -> None:
+    """So the singular values of the result are those kept of each task: no task lengthens or shortens another's."""
+    models = [(2.0**i * one).astype(np.float32) for i, one in enumerate(moved(3))]
+    got = merge(models, "tsv", zeros())
+    own = 32 // 3
+    kept = np.concatenate([np.linalg.svd(x.astype(np.float64), compute_uv=False)[:own] for x in models])
+    values = np.linalg.svd(got, compute_uv=False)
+    np.testing.assert_allclose(values[: 3 * own], np.sort(kept)[::-1], rtol=1e-5)
+    assert (values[3 * own :] < 1e-5).all()
+
+
+def test_tsv_of_orthogonal_tasks_is_their_sum() -> None:
+    """Task vectors of low rank whose directions do not meet are all kept, and nothing is turned."""
+    random = np.random.default_rng(3)
+    left, right = (np.linalg.qr(random.normal(size=(side, 12)))[0] for side in (60, 40))
+    models = [(left[:, i : i + 4] @ right[:, i : i + 4].T).astype(np.float32) for i in (0, 4, 8)]
+    got = merge(models, "tsv", zeros((60, 40)))
+    np.testing.assert_allclose(got, np.sum(models, axis=0, dtype=np.float64), atol=2e-6)
+
+
+def test_iso_cts_holds_what_a_task_has_for_itself() -> None:
+    """A direction of one task that the sum's leading ones leave out is as long as all others in the result."""
+    random = np.random.default_rng(3)
+    left, right = (np.linalg.qr(random.normal(size=(side, 20)))[0] for side in (60, 40))
+    shared = left[:, :6] @ right[:, :6].T
+    own = 0.3 * np.outer(left[:, 6], right[:, 6])
+    others = 0.5 * left[:, 7:15] @ right[:, 7:15].T
+    models = [(shared + own).astype(np.float32), (shared + others).astype(np.float32)]
+
+    def length(method: str, **settings: Any) -> float:
+        merged = merge(models, method, zeros((60, 40)), rank=10, **settings)
+        return float(np.linalg.norm(merged @ right[:, 6]) / np.linalg.norm(merged, ord=2))
+
+    assert length("iso_c") < 1e-4
+    assert length("iso_cts", common=0.6) == pytest.approx(1.0, abs=1e-4)
+    values = np.linalg.svd(merge(moved(2), "iso_cts", zeros(), common=0.5), compute_uv=False)
+    np.testing.assert_allclose(values, values[0], rtol=1e-4)
+
+
+def test_iso_cts_without_own_directions_is_iso_c() -> None:
+    models = moved(3)
+    np.testing.assert_allclose(
+        merge(models, "iso_cts", zeros(), common=1.0), merge(models, "iso_c", zeros()), atol=1e-6
+    )
+
+
+def interference(merged: np.ndarray, models: list[np.ndarray]) -> float:
+    wide = [model.astype(np.float64) for model in models]
+    return float(sum(np.linalg.norm((merged - x) @ x.T) ** 2 / np.linalg.norm(x) ** 2 for x in wide))
+
+
+def test_wudi_has_the_least_interference() -> None:
+    models = moved(3)
+    got = merge(models, "wudi", zeros())
+    best = interference(got, models)
+    random = np.random.default_rng(1)
+    assert all(best <= interference(got + random.normal(0, 1e-3, got.shape), models) for _ in range(20))
+    for method, settings in (("task_arithmetic", {"weight": 1.0}), ("task_arithmetic", {"weight": 1 / 3}), ("tsv", {})):
+        assert best < 0.9 * interference(merge(models, method, zeros(), **settings), models)
+
+
+def test_wudi_is_where_the_papers_descent_leads() -> None:
+    models = moved(3)
+    wide = [model.astype(np.float64) for model in models]
+    place = np.sum(wide, axis=0)
+    scale = [2.0 / np.linalg.norm(x) ** 2 for x in wide]
+    for _ in range(4000):
+        place -= 0.2 * sum(s * (place - x) @ x.T @ x for s, x in zip(scale, wide, strict=True))
+    got = merge(models, "wudi", zeros())
+    np.testing.assert_allclose(got, place, atol=1e-5)
+
+
+def test_wudi_of_tasks_with_inputs_of_their_own_keeps_each() -> None:
+    """Rows that share no direction: every task's layer gives on its inputs what it gave alone."""
+    random = np.random.default_rng(5)
+    inputs = np.linalg.qr(random.normal(size=(40, 24)))[0].T
+    models = [(random.normal(size=(60, 8)) @ inputs[8 * i : 8 * i + 8]).astype(np.float32) for i in range(3)]
+    got = merge(models, "wudi", zeros((60, 40)))
+    for i, model in enumerate(models):
+        part = inputs[8 * i : 8 * i + 8].T
+        np.testing.assert_allclose(got @ part, model @ part, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv", "wudi"])
+@pytest.mark.parametrize("shape", [(), (48,), (6, 5, 3), (4, 3, 3, 3)])
+def test_what_is_no_matrix_gets_the_mean(method: str, shape: tuple[int, ...]) -> None:
+    models = moved(3, shape)
+    base = moved(1, shape, seed=8)[0]
+    tuned = [np.asarray(base + one, dtype=np.float32) for one in models]
+    want = base + 0.5 * np.mean([(x - base).astype(np.float64) for x in tuned], axis=0)
+    np.testing.assert_allclose(merge(tuned, method, base, lambda_=0.5), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv"])
+def test_the_randomised_svd_comes_to_the_same(method: str) -> None:
+    """Where the spectrum falls off; and more iterations come nearer."""
+    models = low_rank(2, 30, shape=(160, 120))
+    exact = merge(models, method, zeros((160, 120)), rank=8)
+    off = [
+        np.linalg.norm(
+            merge(models, method, zeros((160, 120)), rank=8, randomized=True, oversampling=4, power=power) - exact
+        )
+        for power in (0, 1, 3)
+    ]
+    assert off[0] > off[1] > off[2]
+    assert off[2] < 1e-4 * np.linalg.norm(exact)

@@ -54,7 +54,7 @@ def _no_warnings() -> Iterator[None]:
 
 
 def test_the_registry() -> None:
-    assert len(REFERENCE) == 28
+    assert len(REFERENCE) == 32
     assert list(REFERENCE) == sorted(REFERENCE)
 
 
@@ -367,6 +367,37 @@ def test_pcb() -> None:
     expect(merge("pcb", models, base, density=[1, 1]), want)
     expect(merge("pcb", models, base, density=[0.5, 0.5], keep=Given(0.5, 0.5)), [1, 2])
     expect(merge("pcb", [[3, 1]], base, density=[1], lambda_=0.5), [1.5, 0.5])
+
+
+def test_isotropic() -> None:
+    base, models = np.zeros((2, 2)), [[[3, 0], [0, 0]], [[0, 0], [0, 1]]]
+    expect(merge("iso_c", models, base), [[2, 0], [0, 2]])
+    expect(merge("iso_c", models, base, weight=[1, -1], lambda_=0.5), [[1, 0], [0, -1]])
+    expect(merge("iso_c", models, base, rank=1), [[3, 0], [0, 0]])
+    expect(merge("iso_c", models[:1], base), [[3, 0], [0, 0]])  # one direction: there is no other to lengthen
+    expect(merge("iso_c", [[2, 4], [4, 0]], [0, 0]), [3, 2])  # no matrix: the mean
+    expect(merge("iso_cts", models, base, common=1.0), [[2, 0], [0, 2]])
+    expect(merge("iso_cts", models, base, common=0.0), [[2, 0], [0, 2]])  # one direction of each
+    expect(merge("iso_cts", [models[0], base], base, common=0.0), [[3, 0], [0, 0]])
+
+
+def test_tsv() -> None:
+    base, models = np.zeros((2, 2)), [[[3, 0], [0, 0]], [[0, 0], [0, 1]]]
+    expect(merge("tsv", models, base), [[3, 0], [0, 1]])
+    expect(merge("tsv", models, base, weight=[1, 2], lambda_=0.5), [[1.5, 0], [0, 1]])
+    expect(merge("tsv", [[[3, 0], [0, 1]]] * 2, base), [[3, 0], [0, 0]])  # the same first direction: half of each
+    expect(merge("tsv", [[2, 4], [4, 0]], [0, 0]), [3, 2])
+    expect(merge("tsv", [base], base), base)
+
+
+def test_wudi() -> None:
+    base = np.zeros((2, 2))
+    own = [[[3, 0], [1, 0]], [[0, 2], [0, 5]]]  # inputs that do not meet: each keeps its column
+    expect(merge("wudi", own, base), [[3, 2], [1, 5]])
+    same = [[[3, 0], [0, 0]], [[1, 0], [0, 0]]]  # (3 + 1) / 2 on the one input they share
+    expect(merge("wudi", same, base, lambda_=2.0), [[4, 0], [0, 0]])
+    expect(merge("wudi", [[2, 4], [4, 0]], [0, 0]), [3, 2])
+    expect(merge("wudi", [base, base], base), base)
 
 
 def test_nearswap() -> None:

@@ -1,12 +1,13 @@
-"""What a run will cost, from its plan: passes over each tensor, bytes read and written, peak memory."""
+"""What a run will cost, from its plan: passes over each tensor, bytes read and written, peak memory, linear algebra."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from smelt.engine.reducing import bind, schedule
 from smelt.engine.run import KEEP_BYTES, WORTH_KERNELS, default_workers
 from smelt.engine.tiles import DEFAULT_TILE, Geometry
+from smelt.methods.api import Cost
 from smelt.planning.entries import Action, Entry, Plan
 from smelt.specs import Grain
 
@@ -16,17 +17,29 @@ COMPILER = 180 << 20
 """Resident bytes of numba at its largest: while it compiles, the first time a kernel is used on a machine."""
 PER_ENTRY = 3000
 """Bytes of bookkeeping per output tensor."""
+FLOPS = 1e10
+"""Operations that one core does in a second of LAPACK in float64; between 6 and 16 · 10⁹ on cores of recent years."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Bytes read count each pass that cannot keep its input; `memory` is an upper estimate of the resident peak."""
+    """Bytes read count each pass that cannot keep its input; `memory` is an upper estimate of the resident peak.
+
+    `work` holds the linear algebra of those tensors that need any, `seconds` a rough guess of what all of it takes.
+    """
 
     bytes_read: int
     bytes_written: int
     passes: dict[str, int]
     memory: int
     workers: int
+    work: dict[str, Cost] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Of linear algebra: as long as its largest tensor on one core, and as all of them on all workers."""
+        flops = [cost.flops for cost in self.work.values()]
+        return max(max(flops, default=0.0), sum(flops) / self.workers) / FLOPS
 
 
 def passes(entry: Entry) -> int:
@@ -42,17 +55,27 @@ def forecast(plan: Plan, *, workers: int | None = None, tile: int | None = None)
     tile = tile or DEFAULT_TILE
     read = 0
     counts: dict[str, int] = {}
+    work: dict[str, Cost] = {}
     largest = kept = 0
     for entry in plan.entries:
+        if (cost := work_of(entry)) is not None:
+            work[entry.name] = cost
         count = counts[entry.name] = passes(entry)
         fits = entry.input_bytes <= KEEP_BYTES
         kept += entry.input_bytes if count > 1 and fits else 0
         read += entry.input_bytes * (1 if fits else count)
-        largest = max(largest, _worker_bytes(entry, tile))
+        largest = max(largest, _worker_bytes(entry, tile) + (0 if cost is None else cost.bytes))
     memory = INTERPRETER + PER_ENTRY * len(plan.entries) + workers * largest + min(kept, KEEP_BYTES)
     if plan.input_bytes >= WORTH_KERNELS:
         memory += COMPILER
-    return Forecast(read, plan.output_bytes, counts, memory, workers)
+    return Forecast(read, plan.output_bytes, counts, memory, workers, work)
+
+
+def work_of(entry: Entry) -> Cost | None:
+    """The linear algebra that a tensor's method does on it, if any."""
+    if entry.action is not Action.MERGE or not entry.size:
+        return None
+    return bind(entry).cost(entry.shape)  # type: ignore[no-any-return]
 
 
 def _worker_bytes(entry: Entry, tile: int) -> int:

@@ -24,10 +24,10 @@ class Wudi(Method):
     no weight has to be chosen.
 
     Note: the paper descends this loss from Σ d_i with Adam, 300 steps; here is its minimum, by the SVD of the stacked
-    d_i / ‖d_i‖ (⁺ leaves out directions with σ ≤ σ_1 · 2⁻²³ times its longer side, where no task has anything). Matrices are
-    taken as [outputs, inputs], which they are nearly everywhere (not in GPT-2). Tensors that are no matrices (norms,
-    biases, convolutions) get the mean, b + lambda · Σ d_i / n; so do matrices with a NaN or an infinity. `smelt plan`
-    shows what each matrix costs.
+    d_i / ‖d_i‖ (⁺ leaves out directions with σ ≤ σ_1 · 2⁻²³ times its longer side, where no task has anything).
+    Matrices are taken as [outputs, inputs], which they are nearly everywhere (not in GPT-2). Tensors that are no
+    matrices (norms, biases, convolutions) get the mean, b + lambda · Σ d_i / n; so do matrices with a NaN or an
+    infinity. `smelt plan` shows what each matrix costs.
 
     Example:
         merge_method: wudi

@@ -16,6 +16,7 @@ WEIGHT = {"weight": required}
 TRIMMED = {**WEIGHT, "density": 1.0}
 DELLA = {**TRIMMED, "epsilon": 0.15}
 BREADCRUMBS = {**TRIMMED, "gamma": 0.01}
+SVD = {"rank": 0, "randomized": False, "oversampling": 10, "power": 2}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "arcee_fusion": {},
@@ -29,6 +30,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ema": {"alpha": 0.2},
     "expo": {"alpha": required},
     "geometric_median": {"weight": 1.0, "row_wise": False, "max_iter": 100, "tol": 1e-9},
+    "iso_c": {"weight": 1.0, "lambda": 1.0, **SVD},
+    "iso_cts": {"weight": 1.0, "common": 0.8, "lambda": 1.0, **SVD},
     "karcher": {"max_iter": 10, "tol": 1e-5},
     "linear": {**WEIGHT, "normalize": True},
     "localize": {"density": 0.05, "row_wise": False, "lambda": 1.0},
@@ -45,7 +48,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "sma": {},
     "task_arithmetic": {**WEIGHT, "normalize": False, "lambda": 1.0},
     "ties": {**TRIMMED, "normalize": True, "rescale": False, "lambda": 1.0},
+    "tsv": {"weight": 1.0, "lambda": 1.0, **SVD},
     "wma": {},
+    "wudi": {"lambda": 1.0},
 }
 PER_MODEL = {"weight", "density", "gamma", "epsilon", "scale", "threshold"}
 METHOD_WIDE = {("ram", "epsilon"), ("ramplus_tl", "epsilon")}
@@ -56,6 +61,10 @@ RANGES = {
     "eps": "(0, inf)",
     "threshold": "[0, inf)",
     "agreement": "[0, inf)",
+    "common": "[0, 1]",
+    "rank": "[0, inf)",
+    "oversampling": "[2, inf)",
+    "power": "[0, inf)",
     ("ema", "alpha"): "(0, 1]",
     ("geometric_median", "weight"): "[0, inf)",
     ("ram", "epsilon"): "[0, inf)",
