@@ -65,8 +65,8 @@ def plan(
             tree = plan_json(prepared.plan)
             for row in tree["tensors"]:
                 row["passes"] = prepared.forecast.passes[row["name"]]
-                cost = prepared.forecast.work.get(row["name"])
-                row["work"] = None if cost is None else _work_json(cost)
+                if (cost := prepared.forecast.work.get(row["name"])) is not None:
+                    row["work"] = _work_json(cost)
             tree["forecast"] = {
                 "bytes_read": prepared.forecast.bytes_read,
                 "bytes_written": prepared.forecast.bytes_written,
