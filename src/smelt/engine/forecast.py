@@ -17,8 +17,8 @@ COMPILER = 180 << 20
 """Resident bytes of numba at its largest: while it compiles, the first time a kernel is used on a machine."""
 PER_ENTRY = 3000
 """Bytes of bookkeeping per output tensor."""
-FLOPS = 1e10
-"""Operations that one core does in a second of LAPACK in float64; between 6 and 16 · 10⁹ on cores of recent years."""
+FLOPS = 2e10
+"""Operations that one core does in a second of LAPACK in float64; 1 to 5 · 10¹⁰ by core and size of the matrix."""
 
 
 @dataclass(frozen=True, slots=True)

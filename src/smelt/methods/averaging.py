@@ -7,7 +7,7 @@ import numpy as np
 from smelt.methods.api import Array, Method, derive, register, scalar
 from smelt.methods.stages import weighted_sum
 
-_SOURCE = "Li et al. 2025, Model merging in pre-training, arXiv:2505.12082, section 3"
+_SOURCE = "Li et al. 2025, Model merging in pre-training, arXiv:2505.12082"
 
 
 @register("sma", source=_SOURCE)

@@ -8,7 +8,7 @@ from smelt.methods.api import Array, Method, per_model, register, scalar
 from smelt.methods.stages import LAMBDA, add_to_base
 
 
-@register("consensus", source="Wang et al. 2024, Localizing task information, arXiv:2405.07813, equations 5 and 6")
+@register("consensus", source="Wang et al. 2024, Localizing task information, arXiv:2405.07813, TALL masks")
 class Consensus(Method):
     """Add the task vectors up, and keep only the entries of the sum that several models ask for.
 

@@ -12,7 +12,7 @@ _NEAR = 1e-6
 """Distances below this part of the models' spread count as so much: from inner products they have no digits left."""
 
 
-@register("geometric_median", source="Pillutla et al. 2022, Robust aggregation, arXiv:1912.13445, Algorithm 2")
+@register("geometric_median", source="Pillutla et al. 2022, Robust aggregation, arXiv:1912.13445, smoothed Weiszfeld")
 class GeometricMedian(Method):
     """Take the point with the least weighted sum of distances to the models: an average that no outlier carries away.
 

@@ -25,7 +25,7 @@ from smelt.methods.stages import LAMBDA, add_to_base
 _WEIGHT = per_model(1.0, doc="how much of each task vector goes into the sum")
 
 
-@register("iso_c", source="Marczak et al. 2025, No task left behind, arXiv:2502.04959, equations 5 and 6 (Iso-C)")
+@register("iso_c", source="Marczak et al. 2025, No task left behind, arXiv:2502.04959, Algorithm 1 (Iso-C)")
 class IsoC(Method):
     """Add the task vectors up, and give all singular directions of the sum the same length, their mean.
 
@@ -81,7 +81,7 @@ class IsoC(Method):
         return add_to_base(base, float(xp.mean(found.values)) * (found.left @ found.right), self.lambda_)
 
 
-@register("iso_cts", source="Marczak et al. 2025, No task left behind, arXiv:2502.04959, Algorithm 1 (Iso-CTS)")
+@register("iso_cts", source="Marczak et al. 2025, No task left behind, arXiv:2502.04959, Algorithm 2 (Iso-CTS)")
 class IsoCts(Method):
     """As iso_c, but the weakest shared directions make room for each task's own, and all are made orthogonal.
 

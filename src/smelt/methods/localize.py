@@ -8,9 +8,7 @@ from smelt.methods.reducers import Cut
 from smelt.methods.stages import LAMBDA, add_to_base, counts_to_keep, cut_rows, trim
 
 
-@register(
-    "localize", source="He et al. 2024, Localize-and-Stitch, arXiv:2408.13656, section 3.3 (dataless) and equation 4"
-)
+@register("localize", source="He et al. 2024, Localize-and-Stitch, arXiv:2408.13656, without data")
 class Localize(Method):
     """Keep a small region of each task vector, its largest entries, and stitch the regions into the base.
 

@@ -9,7 +9,7 @@ from smelt.methods.reducers import Cut, Extremes, KthLargest64
 from smelt.methods.stages import LAMBDA, above_cut, add_to_base, counts_to_keep, cut_rows
 
 
-@register("pcb", source="Du et al. 2024, Parameter competition balancing, arXiv:2410.02396, equations 1 to 5")
+@register("pcb", source="Du et al. 2024, Parameter competition balancing, arXiv:2410.02396, section 3")
 class Pcb(Method):
     """Average the task vectors with a weight for each entry: its size in the model times its agreement with the others.
 
