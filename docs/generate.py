@@ -89,7 +89,22 @@ iso_c, iso_cts, tsv and wudi see a matrix whole and decompose it. That costs mem
 float32, and several copies in float64) and time: an SVD of m × n takes about 6 M r² + 20 r³ operations, r = min(m,
 n), M = max(m, n). `smelt plan` says for each matrix how many operations its method needs, about how many seconds they
 take on one core, and how many bytes, and at its end what all of them come to. Embeddings and heads are matrices too,
-and the largest.
+and the largest; their rows are tokens, and not what the papers speak of. `decompose` leaves them to the mean:
+
+```yaml
+merge_method: tsv
+base_model: models/llama-base
+models:
+  - model: models/llama-ft1
+  - model: models/llama-ft2
+parameters:
+  decompose:
+    - filter: embed_tokens
+      value: false
+    - filter: lm_head
+      value: false
+    - value: true
+```
 
 All cores are used by working on several matrices at once, each in one thread: more threads within one would change
 the last bits of the result. With NumPy's own wheels smelt holds their OpenBLAS at one thread while such a method

@@ -291,6 +291,13 @@ def test_what_is_no_matrix_gets_the_mean(method: str, shape: tuple[int, ...]) ->
     np.testing.assert_allclose(merge(tuned, method, base, lambda_=0.5), want, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv", "wudi"])
+def test_a_matrix_that_is_not_to_be_decomposed_gets_the_mean(method: str) -> None:
+    models = moved(3)
+    want = np.mean(models, axis=0, dtype=np.float64)
+    np.testing.assert_allclose(merge(models, method, zeros(), decompose=False), want, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv"])
 def test_the_randomised_svd_comes_to_the_same(method: str) -> None:
     """Where the spectrum falls off; and more iterations come nearer."""

@@ -19,6 +19,7 @@ def iso_c(
     keep: Keep | None = None,
     weight: Sequence[float] | None = None,
     lambda_: float = 1.0,
+    decompose: bool = True,
     rank: int = 0,
     randomized: bool = False,
     oversampling: int = 10,
@@ -26,7 +27,7 @@ def iso_c(
 ) -> Array:
     """b + lambda mean(s) U V^T, U diag(s) V^T being sum_i w_i d_i (its first `rank` directions)."""
     b, d = tensor64(base, "iso_c"), _scaled(models, base, weight, "iso_c")
-    if b.ndim != 2:
+    if b.ndim != 2 or not decompose:
         return np.asarray(b + lambda_ * np.mean(d, axis=0))
     how = _How(keep, randomized, oversampling, power)
     u, s, vt = how.leading(np.sum(d, axis=0), _whole(b, rank), 0)
@@ -41,6 +42,7 @@ def iso_cts(
     weight: Sequence[float] | None = None,
     common: float = 0.8,
     lambda_: float = 1.0,
+    decompose: bool = True,
     rank: int = 0,
     randomized: bool = False,
     oversampling: int = 10,
@@ -48,7 +50,7 @@ def iso_cts(
 ) -> Array:
     """iso_c with r - n s directions of the sum and s = round((r - floor(common r)) / n) of each task, orthogonal."""
     b, d = tensor64(base, "iso_cts"), _scaled(models, base, weight, "iso_cts")
-    if b.ndim != 2:
+    if b.ndim != 2 or not decompose:
         return np.asarray(b + lambda_ * np.mean(d, axis=0))
     how = _How(keep, randomized, oversampling, power)
     r, n = _whole(b, rank), len(d)
@@ -71,6 +73,7 @@ def tsv(
     keep: Keep | None = None,
     weight: Sequence[float] | None = None,
     lambda_: float = 1.0,
+    decompose: bool = True,
     rank: int = 0,
     randomized: bool = False,
     oversampling: int = 10,
@@ -78,7 +81,7 @@ def tsv(
 ) -> Array:
     """b + lambda U* diag(s) V*^T from the first max(1, floor(r / n)) directions of each w_i d_i, orthogonalised."""
     b, d = tensor64(base, "tsv"), _scaled(models, base, weight, "tsv")
-    if b.ndim != 2:
+    if b.ndim != 2 or not decompose:
         return np.asarray(b + lambda_ * np.mean(d, axis=0))
     how = _How(keep, randomized, oversampling, power)
     own = max(1, _whole(b, rank) // len(d))
@@ -87,13 +90,15 @@ def tsv(
     return np.asarray(b + (lambda_ * _orthogonal(parts, s) if s.size else 0.0))
 
 
-def wudi(models: Models, base: Base, *, keep: Keep | None = None, lambda_: float = 1.0) -> Array:
+def wudi(
+    models: Models, base: Base, *, keep: Keep | None = None, lambda_: float = 1.0, decompose: bool = True
+) -> Array:
     """b + lambda argmin_t sum_i |(t - d_i) d_i^T|^2 / |d_i|^2, the shortest such t, as a least-squares problem.
 
     Row by row: t S^T = rows of (d_i S_i^T), S_i = d_i / |d_i| and S all S_i below each other.
     """
     b, d = tensor64(base, "wudi"), deltas64(models, base, "wudi")
-    if b.ndim != 2:
+    if b.ndim != 2 or not decompose:
         return np.asarray(b + lambda_ * np.mean(d, axis=0))
     if not b.size:
         return b

@@ -15,6 +15,7 @@ from array_api_compat import array_namespace
 from smelt.methods.api import Array, Cost
 from smelt.methods.fields import scalar
 
+DECOMPOSE = scalar(True, doc="false: a matrix gets the mean as other tensors do; for embeddings and heads, say")
 RANK = scalar(0, within="[0, inf)", doc="how many singular directions the merged task vector may have; 0 for all")
 RANDOMIZED = scalar(False, doc="find leading directions by the randomised SVD, where it costs less than the exact one")
 OVERSAMPLING = scalar(10, within="[2, inf)", doc="directions that the randomised SVD looks for beyond those it gives")

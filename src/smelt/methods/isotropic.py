@@ -6,6 +6,7 @@ from array_api_compat import array_namespace
 
 from smelt.methods.api import Array, Cost, Grain, Method, per_model, register, scalar
 from smelt.methods.decomposition import (
+    DECOMPOSE,
     OVERSAMPLING,
     POWER,
     RANDOMIZED,
@@ -53,6 +54,7 @@ class IsoC(Method):
 
     weight: Array = _WEIGHT
     lambda_: float = LAMBDA
+    decompose: bool = DECOMPOSE
     rank: int = RANK
     randomized: bool = RANDOMIZED
     oversampling: int = OVERSAMPLING
@@ -60,10 +62,10 @@ class IsoC(Method):
 
     @property
     def grain(self) -> Grain:
-        return Grain.TENSOR
+        return Grain.TENSOR if self.decompose else Grain.ELEMENT
 
     def cost(self, shape: tuple[int, ...]) -> Cost | None:
-        if len(shape) != 2:
+        if len(shape) != 2 or not self.decompose:
             return None
         m, n = shape
         return leading_cost(m, n, self._rank(shape), self) + Cost(2.0 * m * n * self._rank(shape), 0)
@@ -72,7 +74,7 @@ class IsoC(Method):
         return min(self.rank or min(shape), *shape)
 
     def tile(self, base: Array, deltas: Array, uniform: Array) -> Array:
-        if not is_matrix(deltas):
+        if not self.decompose or not is_matrix(deltas):
             return add_to_base(base, mean_of(deltas, self.weight), self.lambda_)
         xp = array_namespace(deltas)
         found = leading(weighted(deltas, self.weight), self._rank(base.shape), self, uniform[0])
@@ -112,6 +114,7 @@ class IsoCts(Method):
     weight: Array = _WEIGHT
     common: float = scalar(0.8, within="[0, 1]", doc="share of the directions that are those of the sum")
     lambda_: float = LAMBDA
+    decompose: bool = DECOMPOSE
     rank: int = RANK
     randomized: bool = RANDOMIZED
     oversampling: int = OVERSAMPLING
@@ -119,10 +122,10 @@ class IsoCts(Method):
 
     @property
     def grain(self) -> Grain:
-        return Grain.TENSOR
+        return Grain.TENSOR if self.decompose else Grain.ELEMENT
 
     def cost(self, shape: tuple[int, ...]) -> Cost | None:
-        if len(shape) != 2:
+        if len(shape) != 2 or not self.decompose:
             return None
         m, n = shape
         shared, own = self._split(shape)
@@ -138,7 +141,7 @@ class IsoCts(Method):
         return total - self.n * own, own
 
     def tile(self, base: Array, deltas: Array, uniform: Array) -> Array:
-        if not is_matrix(deltas):
+        if not self.decompose or not is_matrix(deltas):
             return add_to_base(base, mean_of(deltas, self.weight), self.lambda_)
         xp = array_namespace(deltas)
         shared, own = self._split(base.shape)

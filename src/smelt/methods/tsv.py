@@ -6,6 +6,7 @@ from array_api_compat import array_namespace
 
 from smelt.methods.api import Array, Cost, Grain, Method, per_model, register
 from smelt.methods.decomposition import (
+    DECOMPOSE,
     OVERSAMPLING,
     POWER,
     RANDOMIZED,
@@ -49,6 +50,7 @@ class Tsv(Method):
 
     weight: Array = per_model(1.0, doc="what the lengths of a model's directions are multiplied by")
     lambda_: float = LAMBDA
+    decompose: bool = DECOMPOSE
     rank: int = RANK
     randomized: bool = RANDOMIZED
     oversampling: int = OVERSAMPLING
@@ -56,10 +58,10 @@ class Tsv(Method):
 
     @property
     def grain(self) -> Grain:
-        return Grain.TENSOR
+        return Grain.TENSOR if self.decompose else Grain.ELEMENT
 
     def cost(self, shape: tuple[int, ...]) -> Cost | None:
-        if len(shape) != 2:
+        if len(shape) != 2 or not self.decompose:
             return None
         m, n = shape
         own = self._own(shape)
@@ -73,7 +75,7 @@ class Tsv(Method):
         return max(1, min(self.rank or min(shape), *shape) // self.n)
 
     def tile(self, base: Array, deltas: Array, uniform: Array) -> Array:
-        if not is_matrix(deltas):
+        if not self.decompose or not is_matrix(deltas):
             return add_to_base(base, mean_of(deltas, self.weight), self.lambda_)
         xp = array_namespace(deltas)
         parts = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array_api_compat import array_namespace
 
 from smelt.methods.api import Array, Cost, Grain, Method, register
-from smelt.methods.decomposition import is_matrix, mean_of, svd, svd_cost
+from smelt.methods.decomposition import DECOMPOSE, is_matrix, mean_of, svd, svd_cost
 from smelt.methods.stages import LAMBDA, add_to_base
 
 
@@ -39,13 +39,14 @@ class Wudi(Method):
     """
 
     lambda_: float = LAMBDA
+    decompose: bool = DECOMPOSE
 
     @property
     def grain(self) -> Grain:
-        return Grain.TENSOR
+        return Grain.TENSOR if self.decompose else Grain.ELEMENT
 
     def cost(self, shape: tuple[int, ...]) -> Cost | None:
-        if len(shape) != 2:
+        if len(shape) != 2 or not self.decompose:
             return None
         m, n = shape
         rank = min(self.n * m, n)
@@ -55,7 +56,7 @@ class Wudi(Method):
 
     def tile(self, base: Array, deltas: Array) -> Array:
         xp = array_namespace(deltas)
-        if not is_matrix(deltas):
+        if not self.decompose or not is_matrix(deltas):
             return add_to_base(base, mean_of(deltas, xp.ones(self.n, dtype=xp.float64)), self.lambda_)
         vectors = xp.astype(deltas, xp.float64)
         lengths = [float(xp.sqrt(xp.sum(vector * vector))) for vector in vectors]

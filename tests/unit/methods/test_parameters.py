@@ -16,7 +16,7 @@ WEIGHT = {"weight": required}
 TRIMMED = {**WEIGHT, "density": 1.0}
 DELLA = {**TRIMMED, "epsilon": 0.15}
 BREADCRUMBS = {**TRIMMED, "gamma": 0.01}
-SVD = {"rank": 0, "randomized": False, "oversampling": 10, "power": 2}
+SVD = {"decompose": True, "rank": 0, "randomized": False, "oversampling": 10, "power": 2}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "arcee_fusion": {},
@@ -50,7 +50,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ties": {**TRIMMED, "normalize": True, "rescale": False, "lambda": 1.0},
     "tsv": {"weight": 1.0, "lambda": 1.0, **SVD},
     "wma": {},
-    "wudi": {"lambda": 1.0},
+    "wudi": {"lambda": 1.0, "decompose": True},
 }
 PER_MODEL = {"weight", "density", "gamma", "epsilon", "scale", "threshold"}
 METHOD_WIDE = {("ram", "epsilon"), ("ramplus_tl", "epsilon")}
