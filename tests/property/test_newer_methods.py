@@ -251,7 +251,7 @@ def interference(merged: np.ndarray, models: list[np.ndarray]) -> float:
 
 def test_wudi_has_the_least_interference() -> None:
     models = moved(3)
-    got = merge(models, "wudi", zeros())
+    got = merge(models, "wudi", zeros(), ridge=0.0)
     best = interference(got, models)
     random = np.random.default_rng(1)
     assert all(best <= interference(got + random.normal(0, 1e-3, got.shape), models) for _ in range(20))
@@ -266,7 +266,7 @@ def test_wudi_is_where_the_papers_descent_leads() -> None:
     scale = [2.0 / np.linalg.norm(x) ** 2 for x in wide]
     for _ in range(4000):
         place -= 0.2 * sum(s * (place - x) @ x.T @ x for s, x in zip(scale, wide, strict=True))
-    got = merge(models, "wudi", zeros())
+    got = merge(models, "wudi", zeros(), ridge=0.0)
     np.testing.assert_allclose(got, place, atol=1e-5)
 
 
@@ -275,10 +275,29 @@ def test_wudi_of_tasks_with_inputs_of_their_own_keeps_each() -> None:
     random = np.random.default_rng(5)
     inputs = np.linalg.qr(random.normal(size=(40, 24)))[0].T
     models = [(random.normal(size=(60, 8)) @ inputs[8 * i : 8 * i + 8]).astype(np.float32) for i in range(3)]
-    got = merge(models, "wudi", zeros((60, 40)))
+    got = merge(models, "wudi", zeros((60, 40)), ridge=0.0)
     for i, model in enumerate(models):
         part = inputs[8 * i : 8 * i + 8].T
         np.testing.assert_allclose(got @ part, model @ part, atol=1e-4)
+
+
+def test_a_ridge_leads_wudi_from_its_minimum_to_the_sum() -> None:
+    """And keeps it from stretching directions in which the tasks differ by little."""
+    models = moved(3)
+    total = np.sum(models, axis=0, dtype=np.float64)
+    ways = [merge(models, "wudi", zeros(), ridge=ridge) for ridge in (0.0, 0.1, 1.0, 10.0, 1e6)]
+    off = [float(np.linalg.norm(way - total)) for way in ways]
+    assert off == sorted(off, reverse=True)
+    assert off[-1] < 1e-4 * np.linalg.norm(total)
+    costs = [interference(way, models) for way in ways]
+    assert costs == sorted(costs)
+    inputs = np.zeros((2, 40))
+    inputs[0, 0] = inputs[1, 0] = 1.0
+    inputs[1, 1] = 1e-3  # nearly the same input, and another answer
+    near = [np.outer(np.eye(60)[i], row).astype(np.float32) for i, row in enumerate(inputs)]
+    wild, tame = (np.linalg.norm(merge(near, "wudi", zeros((60, 40)), ridge=ridge)) for ridge in (0.0, 0.1))
+    assert wild > 100.0
+    assert tame < 2.0
 
 
 @pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv", "wudi"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -91,11 +92,18 @@ def tsv(
 
 
 def wudi(
-    models: Models, base: Base, *, keep: Keep | None = None, lambda_: float = 1.0, decompose: bool = True
+    models: Models,
+    base: Base,
+    *,
+    keep: Keep | None = None,
+    lambda_: float = 1.0,
+    ridge: float = 0.1,
+    decompose: bool = True,
 ) -> Array:
-    """b + lambda argmin_t sum_i |(t - d_i) d_i^T|^2 / |d_i|^2, the shortest such t, as a least-squares problem.
+    """b + lambda argmin_t sum_i |(t - d_i) d_i^T|^2 / |d_i|^2 + rho |t - sum_i d_i|^2, the shortest such t.
 
-    Row by row: t S^T = rows of (d_i S_i^T), S_i = d_i / |d_i| and S all S_i below each other.
+    A least-squares problem for each row of t: t S^T = (d_i S_i^T), S_i = d_i / |d_i| and S all S_i below each other,
+    and below them sqrt(rho) t = sqrt(rho) sum_i d_i. rho = ridge n / columns.
     """
     b, d = tensor64(base, "wudi"), deltas64(models, base, "wudi")
     if b.ndim != 2 or not decompose:
@@ -103,9 +111,11 @@ def wudi(
     if not b.size:
         return b
     lengths = [float(np.linalg.norm(v)) for v in d]
-    s = np.concatenate([v / (length or 1.0) for v, length in zip(d, lengths, strict=True)])
-    wanted = np.concatenate([v @ (v / (length or 1.0)).T for v, length in zip(d, lengths, strict=True)], axis=1)
-    inverse = np.linalg.pinv(s, rcond=max(s.shape) * 2.0**-23)
+    root = math.sqrt(ridge * len(d) / b.shape[1])
+    parts = [v / (length or 1.0) for v, length in zip(d, lengths, strict=True)]
+    s = np.concatenate([*parts, root * np.eye(b.shape[1])])
+    wanted = np.concatenate([*(v @ part.T for v, part in zip(d, parts, strict=True)), root * np.sum(d, axis=0)], axis=1)
+    inverse = np.linalg.pinv(s, rcond=len(d) * max(b.shape) * 2.0**-23)
     return np.asarray(b + lambda_ * wanted @ inverse.T)
 
 

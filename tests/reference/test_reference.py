@@ -393,9 +393,12 @@ def test_tsv() -> None:
 def test_wudi() -> None:
     base = np.zeros((2, 2))
     own = [[[3, 0], [1, 0]], [[0, 2], [0, 5]]]  # inputs that do not meet: each keeps its column
-    expect(merge("wudi", own, base), [[3, 2], [1, 5]])
+    expect(merge("wudi", own, base, ridge=0.0), [[3, 2], [1, 5]])
     same = [[[3, 0], [0, 0]], [[1, 0], [0, 0]]]  # (3 + 1) / 2 on the one input they share
-    expect(merge("wudi", same, base, lambda_=2.0), [[4, 0], [0, 0]])
+    expect(merge("wudi", same, base, ridge=0.0, lambda_=2.0), [[4, 0], [0, 0]])
+    expect(
+        merge("wudi", same, base, ridge=1.0), [[(4 + 4) / 3, 0], [0, 0]]
+    )  # (sum of d + rho times it) / (2 + rho), rho 1
     expect(merge("wudi", [[2, 4], [4, 0]], [0, 0]), [3, 2])
     expect(merge("wudi", [base, base], base), base)
 

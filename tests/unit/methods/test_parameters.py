@@ -50,7 +50,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ties": {**TRIMMED, "normalize": True, "rescale": False, "lambda": 1.0},
     "tsv": {"weight": 1.0, "lambda": 1.0, **SVD},
     "wma": {},
-    "wudi": {"lambda": 1.0, "decompose": True},
+    "wudi": {"lambda": 1.0, "ridge": 0.1, "decompose": True},
 }
 PER_MODEL = {"weight", "density", "gamma", "epsilon", "scale", "threshold"}
 METHOD_WIDE = {("ram", "epsilon"), ("ramplus_tl", "epsilon")}
@@ -63,6 +63,7 @@ RANGES = {
     "agreement": "[0, inf)",
     "common": "[0, 1]",
     "rank": "[0, inf)",
+    "ridge": "[0, inf)",
     "oversampling": "[2, inf)",
     "power": "[0, inf)",
     ("ema", "alpha"): "(0, 1]",
