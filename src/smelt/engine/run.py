@@ -7,6 +7,7 @@ and only a few are open at a time.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import threading
 import time
@@ -17,12 +18,15 @@ from typing import Any
 import numpy as np
 
 from smelt.engine.backends import HOST, Backend, default_tile, default_workers
+from smelt.engine.blas import single_threaded
 from smelt.engine.copying import CopyRun, Known
 from smelt.engine.kernels import DEFINITIONS, Kernels, fused
 from smelt.engine.memory import Budget
+from smelt.engine.reducing import bind
 from smelt.engine.tensor import Settings, Sink, TensorResult, TensorRun
 from smelt.engine.tiles import Scratch
 from smelt.errors import InputError, SmeltError, raise_all
+from smelt.methods import api
 from smelt.planning.entries import Action, Entry, Input, Plan
 from smelt.storage.checkpoint import TensorSource
 from smelt.storage.signals import deferred, held
@@ -86,7 +90,8 @@ def run(
     )
     started = time.perf_counter()
     crew = _Crew(plan, sources, sink, settings, known or {})
-    crew.work(progress)
+    with single_threaded() if uses_linear_algebra(plan) else contextlib.nullcontext():
+        crew.work(progress)
     return RunResult(tuple(crew.results()), time.perf_counter() - started, crew.read, crew.written)
 
 
@@ -94,6 +99,18 @@ def worth_kernels(plan: Plan) -> bool:
     """Whether a merge is large enough to repay loading the compiled kernels; copies have no use for them."""
     merged = sum(entry.input_bytes for entry in plan.entries if entry.action is Action.MERGE)
     return merged >= WORTH_KERNELS
+
+
+def uses_linear_algebra(plan: Plan) -> bool:
+    """Whether a method of the plan sees whole tensors, and so may call BLAS."""
+    able = {name for name in {entry.method for entry in plan.entries} if _may_see_tensors(name)}
+    merged = (entry for entry in plan.entries if entry.method in able and entry.action is Action.MERGE)
+    return any(bind(entry).grain is api.Grain.TENSOR for entry in merged)
+
+
+def _may_see_tensors(method: str) -> bool:
+    """Methods that say nothing of their grain have ELEMENT: no need to bind each of their entries."""
+    return api.get(method).type.grain is not api.Method.grain
 
 
 def _kernels() -> Kernels:

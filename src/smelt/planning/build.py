@@ -14,6 +14,7 @@ from smelt.planning.alike import AlikeProblems
 from smelt.planning.anatomy import Role
 from smelt.planning.entries import Action, Entry, Input, Plan
 from smelt.planning.explain import number_text
+from smelt.planning.lines import PARAMETER, scaled
 from smelt.planning.locate import Model
 from smelt.planning.quantised import dequantised, quantised
 from smelt.planning.sections import sections
@@ -58,11 +59,16 @@ class _Builder:
         self._mixed: dict[tuple[str, ...], int] = {}
         self._alike = AlikeProblems()
         self._quantised: dict[int, InputError] = {}
+        self._lengths: dict[str, int] = dict(self.models[self.donor].anatomy.stacks)
 
     def plan(self) -> Plan:
         found, problems = sections(self.recipe, self.info, self.models, self.place)
         raise_all(problems)
         alignment = align(self.recipe, self.models, found, donor=self.donor)
+        self._lengths.update({stack: len(layers) for stack, layers in alignment.restacked.items()})
+        if self.recipe.lines is not None and not self._lengths:
+            what = f"`lines` scales by layer, and no layers were found in {self.models[self.donor].name}"
+            self.problems.append(RecipeError(what, where=self.recipe.where("lines"), fix="set `lambda` instead"))
         self._alignment_problems(alignment)
         self._quantised = quantised(self.models)
         tokens = choose_tokens(self.recipe, self.models, self.opened, donor=self.donor, allow=self.allow)
@@ -267,6 +273,11 @@ class _Builder:
                 row.append(value)
                 places.append(origin)
             values[name], origins[name] = tuple(row), tuple(places)
+        lines = self.recipe.lines
+        if lines is not None and values.get(PARAMETER) is not None:
+            found = origins[PARAMETER]
+            scale = scaled(values[PARAMETER], found, lines, part=slot.part, lengths=self._lengths)
+            values[PARAMETER], origins[PARAMETER] = scale.value, scale
         missing = any(v is None or (isinstance(v, tuple) and None in v) for v in values.values())
         return (None if missing else values), origins
 

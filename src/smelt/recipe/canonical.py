@@ -60,6 +60,9 @@ class _Writer:
             slices=[self._slice(part) for part in recipe.slices or ()],
             modules={name: self._module(module) for name, module in modules},
             parameters=_parameters(recipe.parameters),
+            lines=None
+            if recipe.lines is None
+            else {"alpha": _plain(recipe.lines.alpha), "beta": _plain(recipe.lines.beta)},
             dtype=_dtype(recipe.dtype),
             out_dtype=_dtype(recipe.out_dtype),
             tokenizer_source=self._vocabulary(recipe.tokenizer_source),

@@ -93,6 +93,12 @@ class _Check:
         for scope, of_model in _scopes(recipe):
             for name, setting in scope.parameters.items():
                 self._parameter(name, setting, (*scope.path, name), of_model=of_model)
+        if recipe.lines is not None and "lambda" not in self.info.fields:
+            self._report(
+                f"{self.info.name} has no `lambda`, which `lines` scales by layer",
+                ("lines",),
+                "remove `lines:`, or use a method with `lambda`, such as task_arithmetic or ties",
+            )
         for block in () if present_only else recipe.blocks():
             self._models(block)
             self._required(block)

@@ -33,6 +33,7 @@ __all__ = [
     "Case",
     "Conditional",
     "Gradient",
+    "Lines",
     "ModelName",
     "Module",
     "Recipe",
@@ -220,6 +221,25 @@ class Block:
         return Scope(f"model {source.model}", (*self.path, index, "parameters"), source.parameters)
 
 
+def _read_number(value: Any) -> float:
+    setting = read_setting(value)
+    if not isinstance(setting, Scalar) or isinstance(setting.value, (bool, str)):
+        refuse([Fault(f"a factor of `lines` must be one number, not {describe(value)}")])
+    return float(setting.value)
+
+
+Number: TypeAlias = Annotated[
+    float, PlainValidator(_read_number), WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]})
+]
+
+
+class Lines(Record):
+    """LiNeS: the merged task vector of layer ℓ of L is scaled by alpha + beta (ℓ − 1) / (L − 1)."""
+
+    alpha: Number
+    beta: Number
+
+
 class Recipe(Record):
     """A whole recipe."""
 
@@ -230,6 +250,7 @@ class Recipe(Record):
     slices: Many[Slice] | None = None
     modules: Annotated[dict[str, Module], Field(min_length=1)] | None = None
     parameters: Parameters = Field(default_factory=dict)
+    lines: Lines | None = None
     dtype: DTypeName | None = None
     out_dtype: DTypeName | None = None
     tokenizer_source: Vocabulary | None = None
