@@ -30,6 +30,7 @@ def merge_state_dicts(
     base: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     allow: Iterable[str] = (),
+    missing: str = "error",
     seed: int = 0,
     workers: int | None = None,
     tile: int | None = None,
@@ -40,7 +41,8 @@ def merge_state_dicts(
 
     `base` may be one of `models`. `parameters` are the method's settings; a per-model one takes a number, or a sequence
     of one number per model. `lambda` is written `lambda_`. Random methods draw the same numbers as a merge of files
-    with the same seed does. `device` is where the method works, as in `smelt.merge`; the result is on the CPU.
+    with the same seed does. `missing` (`error`, `skip`, `copy`) says, as in a recipe, what becomes of tensors that not
+    all models have. `device` is where the method works, as in `smelt.merge`; the result is on the CPU.
 
     Raises RecipeError, InputError or NumericError.
 
@@ -61,7 +63,8 @@ def merge_state_dicts(
     base_name = next((name for name, model in given.items() if model is base), "base") if base is not None else None
     if base_name == "base" and base is not None:
         given["base"] = base
-    recipe = from_dict(_recipe(names, method, base_name, dtype, parameters) | {"allow": list(allow)})
+    tree = _recipe(names, method, base_name, dtype, parameters)
+    recipe = from_dict(tree | {"allow": list(allow), "missing": missing})
     raise_all(check_parameters(recipe))
     opened = {name: _model(name, state) for name, state in given.items()}
     plan = build(recipe, opened, seed=seed)
