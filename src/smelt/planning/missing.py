@@ -49,24 +49,24 @@ class Uncommon:
             self._left_out.append((slot, restacked))
             self._found.setdefault((tuple(lacking), None), []).append(slot.name)
             return None
-        source = self._source(slot)
+        source = self._source(slot, restacked=restacked)
         giver = self._models[source.model].name
         self._found.setdefault((tuple(lacking), giver), []).append(slot.name)
         return source
 
-    def _source(self, slot: Slot) -> Input:
-        """The tensor of the donor, or else of the first model that has it."""
+    def _source(self, slot: Slot, *, restacked: bool) -> Input:
+        """The tensor of the donor, merged or not, or else of the first model that has it."""
+        donor = self._models[self._donor].source.tensors.get(slot.name)
+        if donor is not None and not restacked:  # in slices a name says nothing of the layer that is meant
+            return Input(self._donor, donor)
         stored = [
             Input(one.model, tensor)
             for one, tensor in zip(slot.section.contributors, slot.tensors, strict=True)
             if tensor is not None
         ]
-        if not stored:  # only a model that gives the names and is not merged has it
-            stored = [
-                Input(index, model.source.tensors[slot.name])
-                for index, model in enumerate(self._models)
-                if slot.name in model.source.tensors
-            ]
+        if not stored:  # a head, say, that only a model of another module has
+            having = ((i, model) for i, model in enumerate(self._models) if slot.name in model.source.tensors)
+            stored = [Input(index, model.source.tensors[slot.name]) for index, model in having]
         return min(stored, key=lambda source: (source.model != self._donor, source.model))
 
     def ignored(self, entries: Sequence[Entry]) -> dict[str, str]:
