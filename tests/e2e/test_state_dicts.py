@@ -496,6 +496,21 @@ def test_a_link_to_a_file_of_another_name(diffusion: Path) -> None:
     accepted(diffusion, linear("a.safetensors", "b.safetensors"))
 
 
+def test_a_pickled_file_stands_alone_too(diffusion: Path) -> None:
+    torch = pytest.importorskip("torch")
+    (diffusion / "config.json").write_text('{"num_hidden_layers": 77}')
+    state = {name: torch.from_numpy(np.array(value)) for name, value in stable_diffusion(seed=1).items()}
+    torch.save(state, diffusion / "b.ckpt")
+    asked = linear("b.ckpt", "a.safetensors")
+    refused(diffusion, asked, code=INPUT, says=["--trust-pickles"])
+    accepted(diffusion, asked, "--trust-pickles")
+    assert not (diffusion / "out" / "config.json").exists()
+    accepted(diffusion, linear("b.safetensors", "a.safetensors"), out="plain")
+    one, two = stored(diffusion / "out"), stored(diffusion / "plain")
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
 UNET_CONFIG = {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30.0", "sample_size": 64}
 PART = "diffusion_pytorch_model.safetensors"
 

@@ -5,7 +5,6 @@ Which files it consists of, and what they must agree on, is said in `sources.sha
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,10 +50,6 @@ def read_index(folder: Path, *, name: str) -> dict[str, str]:
     return shards.parse_index(content, name=name)
 
 
-_OF_FOLDER = re.compile(r"(?:model|pytorch_model|diffusion_pytorch_model)(?:\.[\w-]+|-\d{5,}-of-\d{5,})*\.safetensors")
-"""What libraries call the weights of a folder. Such a file stands for the folder, with the config beside it."""
-
-
 def _open_file(path: Path, name: str) -> Checkpoint:
     if not path.name.endswith(".safetensors"):
         pickled = path.name.endswith(shards.PICKLES)
@@ -64,7 +59,7 @@ def _open_file(path: Path, name: str) -> Checkpoint:
             fix=shards.TRUST if pickled else shards.CONVERT,
         )
     part = _read_part(path.parent, path.name, name, real=files.resolve(path))
-    return _assemble(path.parent, name, [part], alone=_OF_FOLDER.fullmatch(path.name) is None)
+    return _assemble(path.parent, name, [part], alone=not shards.stands_for_folder(path.name))
 
 
 def _refuse_pipeline(folder: Path, names: Sequence[str], name: str) -> None:

@@ -26,6 +26,9 @@ PIPELINE = "model_index.json"
 """What diffusers puts beside the subfolders of a pipeline's models."""
 _ADAPTER = "adapter_model.safetensors"
 _SHARD = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})\.safetensors")
+_OF_FOLDER = re.compile(
+    r"(?:model|pytorch_model|diffusion_pytorch_model)(?:\.[\w-]+|-\d{5,}-of-\d{5,})*\.(?:safetensors|bin|pt|pth|ckpt)"
+)
 _OTHER_WEIGHTS = re.compile(r".*\.(bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)|adapter_model\..*")
 _SHOWN = 8
 
@@ -72,6 +75,15 @@ def contradictions(parts: Mapping[str, Part], index: Mapping[str, str] | None, *
             listed.setdefault(file, set()).add(tensor)
         yield from _disagreements(listed, parts, name)
     yield from _twice(parts.values(), name)
+
+
+def stands_for_folder(file: str) -> bool:
+    """Whether a weight file is called as libraries call those of a folder: then the config beside it is its own.
+
+    >>> stands_for_folder("diffusion_pytorch_model.fp16.safetensors"), stands_for_folder("dreamy-v2.safetensors")
+    (True, False)
+    """
+    return _OF_FOLDER.fullmatch(file) is not None
 
 
 def weight_names(names: Sequence[str], index: Mapping[str, str] | None, *, name: str, place: str) -> list[str]:
