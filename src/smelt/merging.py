@@ -24,7 +24,7 @@ from smelt.lineage.trusted import Claim, trusted
 from smelt.methods.loading import MethodFile, load_file
 from smelt.planning.build import build
 from smelt.planning.check import check
-from smelt.planning.companions import small_files
+from smelt.planning.companions import library, metadata, small_files, weight_stem
 from smelt.planning.entries import Plan
 from smelt.planning.locate import Model, local_folders, missing_folders, open_models
 from smelt.recipe.canonical import canonical, to_yaml
@@ -34,10 +34,10 @@ from smelt.recipe.schema import Recipe, Relaxation
 from smelt.specs import TensorSpec
 from smelt.storage import files
 from smelt.storage.checkpoint import Checkpoint, TensorSource
-from smelt.storage.writer import Build, OutputTensor, check_out, layout
+from smelt.storage.writer import Build, Layout, OutputTensor, check_out, layout
 
 SHARD_BYTES = 5_000_000_000
-"""Most bytes of tensors in one weight file, unless asked otherwise."""
+"""Most bytes of tensors in one weight file, unless asked otherwise, or the model is one file without a config."""
 ALLOWED = get_args(Relaxation)
 """What `allow` may relax."""
 
@@ -204,7 +204,7 @@ def merge(
     allow: Iterable[str] = (),
     strict: bool = False,
     seed: int = 0,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     workers: int | None = None,
     tile: int | None = None,
     device: str = CPU,
@@ -223,6 +223,7 @@ def merge(
     last place; `hash_inputs` records the sha256 of every input file; `trust_methods` lets the recipe load method files,
     which are code; `trust_digests` copies tensors that stay as they are unread, with the digests that the `smelt.json`
     of their model names; `trust_pickles` has torch read models that are stored as pickles, in a process apart.
+    `shard_bytes` is the most bytes of tensors in one file; without it 5 GB, but a state dict of one file stays one.
     `progress` is called with (bytes done, bytes in all), `on_plan` once before all writing.
 
     Raises RecipeError, InputError, StorageError or NumericError, after which `out` is what it was before.
@@ -247,7 +248,7 @@ def merge(
         backend = choose(device)
         plan, models = prepared.plan, prepared.models
         _refuse_overlap(out, _inputs(recipe, prepared))
-        shards = layout([OutputTensor(e.name, e.dtype, e.shape) for e in plan.entries], shard_bytes=shard_bytes)
+        shards = _layout(plan, models[plan.donor], shard_bytes)
         check(plan, models, shards)
         sources = [model.source for model in models]
         check_equal(plan, sources)
@@ -300,6 +301,15 @@ def merge(
         warnings=(*plan.warnings, *doubts, *_nonfinite_warnings(nonfinite)),
         trusted=tuple(claims),
     )
+
+
+def _layout(plan: Plan, donor: Model, shard_bytes: int | None) -> Layout:
+    """Where the output's tensors lie: in files of 5 GB, but a state dict that was one file stays one."""
+    if shard_bytes is None:
+        state_dict = donor.config is None and len(donor.source.files) == 1
+        shard_bytes = max(plan.output_bytes, 1) if state_dict else SHARD_BYTES
+    tensors = [OutputTensor(entry.name, entry.dtype, entry.shape) for entry in plan.entries]
+    return layout(tensors, shard_bytes=shard_bytes, metadata=metadata(donor), stem=weight_stem(donor))
 
 
 def _known(plan: Plan, sources: Sequence[TensorSource], folder: Build, claims: Mapping[str, Claim]) -> dict[str, Known]:
@@ -396,7 +406,8 @@ def _papers(prepared: Prepared, *, name: str) -> dict[str, bytes]:
     donor_card = models[plan.donor].source.bytes(CARD)
     papers["mergekit_config.yml"] = to_yaml(public).encode()
     name = name.encode("utf-8", "replace").decode()  # a file name need not be text
-    papers[CARD] = card(plan, name=name, recipe=public, donor_card=donor_card, has_config="config.json" in papers)
+    loader = library(models[plan.donor].config)
+    papers[CARD] = card(plan, name=name, recipe=public, donor_card=donor_card, library=loader)
     return papers
 
 

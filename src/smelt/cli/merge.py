@@ -23,7 +23,7 @@ def merge(
     /,
     *,
     overwrite: Flag = False,
-    shard_size: Annotated[str, Parameter(name=["--shard-size", "--out-shard-size"])] = "5GB",
+    shard_size: Annotated[str | None, Parameter(name=["--shard-size", "--out-shard-size"])] = None,
     threads: int | None = None,
     device: str = CPU,
     seed: Seed = 0,
@@ -48,7 +48,7 @@ def merge(
     overwrite
         Replace OUT if it is there; the old one stays until the new one is complete.
     shard_size
-        Most bytes of tensors in one file, such as 5GB.
+        Most bytes of tensors in one file, such as 5GB, which is the default; a state dict of one file stays one.
     threads
         Worker threads; all cores by default. The result does not depend on it.
     device
@@ -82,7 +82,7 @@ def merge(
             recipe,
             out,
             overwrite=overwrite,
-            shard_bytes=parse_size(shard_size),
+            shard_bytes=None if shard_size is None else parse_size(shard_size),
             workers=threads,
             device=device,
             seed=seed,

@@ -291,7 +291,10 @@ def check_equal(plan: Plan, sources: Sequence[TensorSource]) -> None:
                 InputError(
                     f"tensor '{entry.name}' holds {entry.dtype} numbers that differ between the models",
                     where=[f"{plan.models[source.model].published}  {source.tensor}" for source in (first, *differing)],
-                    fix="numbers of this type are never averaged: leave out the models that differ",
+                    fix="the scale of a LoRA pair is not averaged: bring all models to one alpha (multiply lora_up or "
+                    "lora_B by old alpha / new alpha), or leave out those that differ"
+                    if entry.dtype.floating
+                    else "numbers of this type are never averaged: leave out the models that differ",
                 )
             )
     raise_all(problems)

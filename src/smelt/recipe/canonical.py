@@ -70,6 +70,7 @@ class _Writer:
             chat_template=recipe.chat_template,
             methods=[self.rename.get(path, path) for path in recipe.methods],
             allow=sorted(set(recipe.allow)),
+            missing=None if recipe.missing == "error" else recipe.missing,
         )
 
     def _source(self, source: Source) -> dict[str, Any]:

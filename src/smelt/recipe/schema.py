@@ -1,4 +1,4 @@
-"""The recipe language: MergeKit's YAML, strict, with a few keys more: `name`, `methods`, `allow`, `match:` in settings.
+"""The recipe language: MergeKit's YAML, strict, with a few keys more: `name`, `methods`, `allow`, `missing`, `match:`.
 
 These records hold what a recipe says and no defaults of methods. `parse.parse`, `parse.load` and `parse.from_dict` make
 them; that is where problems are put into words.
@@ -121,6 +121,8 @@ Vocabulary: TypeAlias = Annotated[
     ModelName | Literal["union", "base"], PlainValidator(_read_vocabulary), WithJsonSchema(_NAME_SCHEMA)
 ]
 Relaxation = Literal["extra_tensor", "missing_tensor", "nonfinite", "vocabulary"]
+Missing = Literal["error", "skip", "copy"]
+"""What becomes of a tensor that not all models have."""
 
 
 class Record(BaseModel):
@@ -258,6 +260,7 @@ class Recipe(Record):
     chat_template: str | None = None
     methods: Annotated[tuple[str, ...], Field(strict=False)] = ()
     allow: Annotated[tuple[Relaxation, ...], Field(strict=False)] = ()
+    missing: Missing = "error"
 
     _document: Document = PrivateAttr(default_factory=lambda: Document(None, "recipe"))
 

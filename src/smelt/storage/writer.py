@@ -26,7 +26,7 @@ from smelt.storage import files, paths
 from smelt.storage.copying import copy_range
 from smelt.storage.files import Buffer, Lock, ReadFile, WriteFile, flat, size_text
 from smelt.storage.header import PREFIX
-from smelt.storage.layout import INDEX, Layout, OutputTensor, Shard, layout
+from smelt.storage.layout import SINGLE, Layout, OutputTensor, Shard, layout
 from smelt.storage.signals import held
 
 __all__ = ["Build", "Layout", "OutputTensor", "Shard", "check_out", "heal", "layout"]
@@ -164,7 +164,7 @@ class Build:
         return self._open[spec.file], spec.offset + start
 
     def _beside(self, file_name: str) -> Path:
-        taken = {INDEX, *self._open}
+        taken = {self.layout.index_name, *self._open}
         if not paths.is_plain_name(file_name) or file_name in taken or self._done:
             raise ValueError(f"cannot add {file_name!r} to the output")
         return self.folder / file_name
@@ -189,7 +189,7 @@ class Build:
             file.sync()
             file.close()
         if self.layout.index is not None:
-            files.write_bytes(self.folder / INDEX, self.layout.index)
+            files.write_bytes(self.folder / self.layout.index_name, self.layout.index)
         files.sync_folder(self.folder)
         with held():  # from the rename on the output is complete, and what is left is soon done
             replaced = self._take_the_name()
@@ -323,6 +323,13 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     What depends on the size of the output, or on other runs, is left to `Build.start`.
     """
     places = _Places.of(Path(out))
+    if places.out.name.endswith(".safetensors"):
+        raise StorageError(
+            "the output is a folder, and this is the name of a file",
+            where=[str(out)],
+            fix=f"write to {places.out.name.removesuffix('.safetensors') or 'out'}: the weights are in its {SINGLE}, "
+            "with the record of what they are beside them",
+        )
     if files.kind(places.old) is None:  # else an interrupted run is healed first
         _check_target(places.out, overwrite=overwrite)
     folder = places.out.parent
