@@ -26,7 +26,7 @@ from smelt.lineage.trusted import Claim, trusted
 from smelt.methods.loading import MethodFile, load_file
 from smelt.planning.build import build
 from smelt.planning.check import check
-from smelt.planning.companions import small_files
+from smelt.planning.companions import library, metadata, small_files, weight_stem
 from smelt.planning.entries import Plan
 from smelt.planning.locate import Model, local_folders, missing_folders, open_models
 from smelt.recipe.canonical import canonical, to_yaml
@@ -37,10 +37,10 @@ from smelt.specs import TensorSpec
 from smelt.storage import files
 from smelt.storage.checkpoint import Checkpoint, TensorSource
 from smelt.storage.journal import Finished
-from smelt.storage.writer import Build, OutputTensor, check_out, layout
+from smelt.storage.writer import Build, Layout, OutputTensor, check_out, layout
 
 SHARD_BYTES = 5_000_000_000
-"""Most bytes of tensors in one weight file, unless asked otherwise."""
+"""Most bytes of tensors in one weight file, unless asked otherwise, or the model is one file without a config."""
 ALLOWED = get_args(Relaxation)
 """What `allow` may relax."""
 
@@ -220,7 +220,7 @@ def merge(
     allow: Iterable[str] = (),
     strict: bool = False,
     seed: int = 0,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     workers: int | None = None,
     tile: int | None = None,
     device: str = CPU,
@@ -242,7 +242,8 @@ def merge(
     file; `trust_methods` lets the recipe load method files, which are code; `trust_digests` copies tensors that stay as
     they are unread, with the digests that the `smelt.json` of their model names; `trust_pickles` has torch read models
     that are stored as pickles, in a process apart. `resume` goes on where an earlier run of this merge was cut off, and
-    leaves what is finished if it is interrupted itself. `progress` is called with (bytes done, bytes in all), `on_plan`
+    leaves what is finished if it is interrupted itself. `shard_bytes` is the most bytes of tensors in one file; without
+    it 5 GB, but a state dict of one file stays one. `progress` is called with (bytes done, bytes in all), `on_plan`
     once before anything is written, `on_note` with what is worth telling meanwhile.
 
     Raises RecipeError, InputError, StorageError or NumericError, after which `out` is what it was before.
@@ -268,7 +269,7 @@ def merge(
         backend = choose(device)
         plan, models, cost = prepared.plan, prepared.models, prepared.forecast
         _refuse_overlap(out, _inputs(recipe, prepared))
-        shards = layout([OutputTensor(e.name, e.dtype, e.shape) for e in plan.entries], shard_bytes=shard_bytes)
+        shards = _layout(plan, models[plan.donor], shard_bytes)
         check(plan, models, shards)
         sources = [model.source for model in models]
         check_equal(plan, sources)
@@ -281,7 +282,7 @@ def merge(
             shards,
             inputs=[source.files for source in sources],
             allow=allowed | frozenset(prepared.recipe.allow),
-            shard_bytes=shard_bytes,
+            shard_bytes=shard_bytes or SHARD_BYTES,
             companions=papers,
             method_files=prepared.method_files,
         )
@@ -340,6 +341,15 @@ def merge(
         trusted=tuple(claims),
         resumed=len(folder.resumed),
     )
+
+
+def _layout(plan: Plan, donor: Model, shard_bytes: int | None) -> Layout:
+    """Where the output's tensors lie: in files of 5 GB, but a state dict that was one file stays one."""
+    if shard_bytes is None:
+        state_dict = donor.config is None and len(donor.source.files) == 1
+        shard_bytes = max(plan.output_bytes, 1) if state_dict else SHARD_BYTES
+    tensors = [OutputTensor(entry.name, entry.dtype, entry.shape) for entry in plan.entries]
+    return layout(tensors, shard_bytes=shard_bytes, metadata=metadata(donor), stem=weight_stem(donor))
 
 
 def _known(plan: Plan, sources: Sequence[TensorSource], folder: Build, claims: Mapping[str, Claim]) -> dict[str, Known]:
@@ -445,7 +455,8 @@ def _papers(prepared: Prepared, *, name: str) -> dict[str, bytes]:
     donor_card = models[plan.donor].source.bytes(CARD)
     papers["mergekit_config.yml"] = to_yaml(public).encode()
     name = name.encode("utf-8", "replace").decode()  # a file name need not be text
-    papers[CARD] = card(plan, name=name, recipe=public, donor_card=donor_card, has_config="config.json" in papers)
+    loader = library(models[plan.donor].config)
+    papers[CARD] = card(plan, name=name, recipe=public, donor_card=donor_card, library=loader)
     return papers
 
 

@@ -24,7 +24,7 @@ def merge(
     *,
     overwrite: Flag = False,
     resume: Flag = False,
-    shard_size: Annotated[str, Parameter(name=["--shard-size", "--out-shard-size"])] = "5GB",
+    shard_size: Annotated[str | None, Parameter(name=["--shard-size", "--out-shard-size"])] = None,
     threads: int | None = None,
     device: str = CPU,
     memory: str | None = None,
@@ -52,7 +52,7 @@ def merge(
     resume
         Go on where an earlier run of this merge was cut off; if interrupted, keep what is finished.
     shard_size
-        Most bytes of tensors in one file, such as 5GB.
+        Most bytes of tensors in one file, such as 5GB, which is the default; a state dict of one file stays one.
     threads
         Worker threads; all cores by default. The result does not depend on it.
     device
@@ -89,7 +89,7 @@ def merge(
             out,
             overwrite=overwrite,
             resume=resume,
-            shard_bytes=parse_size(shard_size),
+            shard_bytes=None if shard_size is None else parse_size(shard_size),
             workers=threads,
             device=device,
             memory=None if memory is None else parse_size(memory),

@@ -1,8 +1,8 @@
-"""What a run will cost, from its plan: passes over each tensor, bytes read and written, peak memory."""
+"""What a run will cost, from its plan: passes over each tensor, bytes read and written, peak memory, linear algebra."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from smelt.engine.backends import CPU, default_tile, default_workers
 from smelt.engine.copying import PIECE
@@ -10,6 +10,7 @@ from smelt.engine.reducing import bind, schedule
 from smelt.engine.run import KEEP_BYTES, worth_kernels
 from smelt.engine.tiles import BLOCK, Geometry
 from smelt.errors import RecipeError
+from smelt.methods.api import Cost
 from smelt.planning.entries import Action, Entry, Plan
 from smelt.storage.files import size_text
 
@@ -21,6 +22,8 @@ TORCH = 1 << 30
 """Resident bytes of torch with what it loads for a device."""
 PER_ENTRY = 3000
 """Bytes of bookkeeping per output tensor."""
+FLOPS = 2e10
+"""Operations that one core does in a second of LAPACK in float64; 1 to 5 · 10¹⁰ by core and size of the matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,8 @@ class Forecast:
 
     `bytes_read` counts each pass that cannot keep its input. `workers`, `tile`, `keep_bytes` and `kernels` are the
     settings, as `run` takes them. `device_memory` is an estimate of the device's memory that one worker needs; 0 on
-    the CPU.
+    the CPU. `work` holds the linear algebra of those tensors that need any, `seconds` a rough guess of what all of it
+    takes on the CPU.
     """
 
     bytes_read: int
@@ -42,6 +46,13 @@ class Forecast:
     kernels: bool
     device: str = CPU
     device_memory: int = 0
+    work: dict[str, Cost] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Of linear algebra: as long as its largest tensor on one core, and as all of them on all workers."""
+        flops = [cost.flops for cost in self.work.values()]
+        return max(max(flops, default=0.0), sum(flops) / self.workers) / FLOPS
 
 
 def passes(entry: Entry) -> int:
@@ -79,6 +90,8 @@ class _Costs:
         self._inputs = [(entry.input_bytes, self.passes[entry.name]) for entry in plan.entries]
         self._written = plan.output_bytes
         self._largest: dict[int, tuple[int, int, int]] = {}
+        found = {entry.name: work_of(entry) for entry in plan.entries}
+        self._work = {name: cost for name, cost in found.items() if cost is not None}
 
     def with_settings(self, *, workers: int, tile: int, keep_bytes: int, kernels: bool) -> Forecast:
         stored, worked, largest = self._buffers(tile)
@@ -89,17 +102,29 @@ class _Costs:
         if self.device != CPU:  # stored bytes of a task are on the host, those of a tile on the device as well
             memory += TORCH + workers * stored
             return Forecast(
-                read, self._written, self.passes, memory, *settings, device=self.device, device_memory=stored + worked
+                read,
+                self._written,
+                self.passes,
+                memory,
+                *settings,
+                device=self.device,
+                device_memory=stored + worked,
+                work=self._work,
             )
         memory += workers * largest + (COMPILER if kernels else 0)
-        return Forecast(read, self._written, self.passes, memory, *settings)
+        return Forecast(read, self._written, self.passes, memory, *settings, work=self._work)
 
     def _buffers(self, tile: int) -> tuple[int, int, int]:
         """The most of any tensor, for one worker: bytes of a task, those of tiles, and both together."""
         if tile not in self._largest:
-            each = [_worker_bytes(entry, tile) for entry in self.plan.entries] or [(0, 0)]
+            each = [self._of_worker(entry, tile) for entry in self.plan.entries] or [(0, 0)]
             self._largest[tile] = max(s for s, _ in each), max(w for _, w in each), max(s + w for s, w in each)
         return self._largest[tile]
+
+    def _of_worker(self, entry: Entry, tile: int) -> tuple[int, int]:
+        buffers, tiles = _worker_bytes(entry, tile)
+        cost = self._work.get(entry.name)
+        return buffers, tiles + (0 if cost is None else cost.bytes)
 
 
 def within(
@@ -130,6 +155,13 @@ def within(
         ],
         fix=f"allow it more: --memory {-(-found.memory // 1_000_000)}MB",
     )
+
+
+def work_of(entry: Entry) -> Cost | None:
+    """The linear algebra that a tensor's method does on it, if any."""
+    if entry.action is not Action.MERGE or not entry.size:
+        return None
+    return bind(entry).cost(entry.shape)  # type: ignore[no-any-return]
 
 
 def _worker_bytes(entry: Entry, tile: int) -> tuple[int, int]:

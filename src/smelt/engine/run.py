@@ -19,12 +19,15 @@ from typing import Any
 import numpy as np
 
 from smelt.engine.backends import HOST, Backend, default_tile, default_workers
+from smelt.engine.blas import single_threaded
 from smelt.engine.copying import CopyRun, Known
 from smelt.engine.kernels import DEFINITIONS, Kernels, fused
 from smelt.engine.memory import Budget
+from smelt.engine.reducing import bind
 from smelt.engine.tensor import Settings, Sink, TensorResult, TensorRun
 from smelt.engine.tiles import Scratch
 from smelt.errors import InputError, SmeltError, StorageError, raise_all
+from smelt.methods import api
 from smelt.planning.entries import Action, Entry, Input, Plan
 from smelt.storage.checkpoint import TensorSource
 from smelt.storage.signals import deferred, held
@@ -98,7 +101,8 @@ def run(
     )
     started = time.perf_counter()
     crew = _Crew(plan, sources, sink, settings, known=known or {}, done=done or {}, on_tensor=on_tensor)
-    crew.work(progress)
+    with single_threaded() if uses_linear_algebra(plan) else contextlib.nullcontext():
+        crew.work(progress)
     return RunResult(tuple(crew.results()), time.perf_counter() - started, crew.read, crew.written)
 
 
@@ -117,6 +121,18 @@ def preload() -> None:
 
     with contextlib.suppress(RuntimeError):  # no more threads
         threading.Thread(target=load, name="smelt-preload").start()
+
+
+def uses_linear_algebra(plan: Plan) -> bool:
+    """Whether a method of the plan sees whole tensors, and so may call BLAS."""
+    able = {name for name in {entry.method for entry in plan.entries} if _may_see_tensors(name)}
+    merged = (entry for entry in plan.entries if entry.method in able and entry.action is Action.MERGE)
+    return any(bind(entry).grain is api.Grain.TENSOR for entry in merged)
+
+
+def _may_see_tensors(method: str) -> bool:
+    """Methods that say nothing of their grain have ELEMENT: no need to bind each of their entries."""
+    return api.get(method).type.grain is not api.Method.grain
 
 
 def _kernels() -> Kernels:
@@ -335,7 +351,10 @@ def check_equal(plan: Plan, sources: Sequence[TensorSource]) -> None:
                 InputError(
                     f"tensor '{entry.name}' holds {entry.dtype} numbers that differ between the models",
                     where=[f"{plan.models[source.model].published}  {source.tensor}" for source in (first, *differing)],
-                    fix="numbers of this type are never averaged: leave out the models that differ",
+                    fix="the scale of a LoRA pair is not averaged: bring all models to one alpha (multiply lora_up or "
+                    "lora_B by old alpha / new alpha), or leave out those that differ"
+                    if entry.dtype.floating
+                    else "numbers of this type are never averaged: leave out the models that differ",
                 )
             )
     raise_all(problems)

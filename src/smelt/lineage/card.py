@@ -19,8 +19,11 @@ _SPECIAL = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null
 _LICENCE = ("license", "license_name", "license_link")
 
 
-def card(plan: Plan, *, name: str, recipe: Mapping[str, Any], donor_card: bytes | None, has_config: bool) -> bytes:
-    """The card of the merged model `name`. `recipe` is its canonical form, `donor_card` the donor's card, if any."""
+def card(plan: Plan, *, name: str, recipe: Mapping[str, Any], donor_card: bytes | None, library: str | None) -> bytes:
+    """The card of the merged model `name`. `recipe` is its canonical form, `donor_card` the donor's card, if any.
+
+    `library` is the one that loads the model, if that is known.
+    """
     text = to_yaml(recipe)
     front = ["---", "base_model:"]
     names = dict.fromkeys(model.repository or model.published for model in plan.models)
@@ -28,8 +31,8 @@ def card(plan: Plan, *, name: str, recipe: Mapping[str, Any], donor_card: bytes 
     front += ["base_model_relation: merge"]
     donor = (donor_card or b"").decode("utf-8-sig", "replace")  # only plain words of it are taken over
     front += [f"{key}: {_quoted(value)}" for key in _LICENCE if (value := _front_value(donor, key))]
-    if has_config:
-        front.append("library_name: transformers")
+    if library is not None:
+        front.append(f"library_name: {library}")
     front += ["tags:", "- merge", "- smelt", "---"]
     info = api.get(plan.method)
     published = [model.published for model in plan.models]

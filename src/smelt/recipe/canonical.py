@@ -60,6 +60,9 @@ class _Writer:
             slices=[self._slice(part) for part in recipe.slices or ()],
             modules={name: self._module(module) for name, module in modules},
             parameters=_parameters(recipe.parameters),
+            lines=None
+            if recipe.lines is None
+            else {"alpha": _plain(recipe.lines.alpha), "beta": _plain(recipe.lines.beta)},
             dtype=_dtype(recipe.dtype),
             out_dtype=_dtype(recipe.out_dtype),
             tokenizer_source=self._vocabulary(recipe.tokenizer_source),
@@ -67,6 +70,7 @@ class _Writer:
             chat_template=recipe.chat_template,
             methods=[self.rename.get(path, path) for path in recipe.methods],
             allow=sorted(set(recipe.allow)),
+            missing=None if recipe.missing == "error" else recipe.missing,
         )
 
     def _source(self, source: Source) -> dict[str, Any]:

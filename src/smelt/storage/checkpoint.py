@@ -102,7 +102,10 @@ class TensorSource(Protocol):
 
 
 class Checkpoint:
-    """A model in a folder of safetensors files. Safe from many threads; files are opened at first use and kept."""
+    """A model in a folder of safetensors files. Safe from many threads; files are opened at first use and kept.
+
+    `alone`: the model is one file, and the other files of its folder are none of its own.
+    """
 
     def __init__(
         self,
@@ -112,6 +115,7 @@ class Checkpoint:
         tensors: Mapping[str, TensorSpec],
         weight_files: Sequence[FileInfo],
         metadata: Mapping[str, str],
+        alone: bool = False,
     ) -> None:
         self.name = name
         self.root: Path | None = root
@@ -119,6 +123,7 @@ class Checkpoint:
         self.files = tuple(weight_files)
         self.metadata: dict[str, str] = dict(metadata)
         self._folder = root
+        self._alone = alone
         self._infos = {info.name: info for info in self.files}
         self._open: dict[str, ReadFile] = {}
         self._lock = threading.Lock()
@@ -155,10 +160,12 @@ class Checkpoint:
             return self._open[name]
 
     def path(self, name: str) -> Path | None:
-        """The real path of a file of the folder, or None when there is none.
+        """The real path of a file of the folder, or None when there is none, or the model is one file alone.
 
         Raises InputError for a name or link that leaves the folder, and for what is not a regular file.
         """
+        if self._alone and name not in self._infos:
+            return None
         if paths.is_plain_name(name) and files.kind(self._folder / name) is None:
             return None
         real = paths.inside(self._folder, name, label=self.name)
@@ -183,7 +190,7 @@ class Checkpoint:
         """The regular files of the folder that hold no weights, sorted; hidden ones are left out."""
         return [
             name
-            for name in files.list_folder(self._folder)
+            for name in ([] if self._alone else files.list_folder(self._folder))
             if not name.startswith(".")
             and not name.endswith(WEIGHT_SUFFIXES)
             and files.kind(self._folder / name) == "file"

@@ -14,6 +14,7 @@ from pathlib import Path
 from smelt.errors import StorageError
 from smelt.storage import files
 from smelt.storage.files import size_text
+from smelt.storage.layout import SINGLE
 
 BUILD, OLD, JOURNAL = ".smelt-build", ".smelt-old", ".journal"
 """How the names of what lies beside an output end."""
@@ -179,6 +180,13 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     What depends on the size of the output, or on other runs, is left to `Build.start`.
     """
     places = Places.of(Path(out))
+    if places.out.name.endswith(".safetensors"):
+        raise StorageError(
+            "the output is a folder, and this is the name of a file",
+            where=[str(out)],
+            fix=f"write to {places.out.name.removesuffix('.safetensors') or 'out'}: the weights are in its {SINGLE}, "
+            "with the record of what they are beside them",
+        )
     if files.kind(places.old) is None:  # else an interrupted run is healed first
         check_target(places.out, overwrite=overwrite)
     folder = places.out.parent

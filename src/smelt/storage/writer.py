@@ -30,7 +30,7 @@ from smelt.storage.copying import copy_range
 from smelt.storage.files import Buffer, Lock, ReadFile, WriteFile, flat
 from smelt.storage.header import PREFIX
 from smelt.storage.journal import Finished, Found, Journal
-from smelt.storage.layout import INDEX, Layout, OutputTensor, Shard, layout
+from smelt.storage.layout import Layout, OutputTensor, Shard, layout
 from smelt.storage.places import (
     Places,
     check_out,
@@ -232,7 +232,7 @@ class Build:
         return self._open[spec.file], spec.offset + start
 
     def _beside(self, file_name: str) -> Path:
-        taken = {INDEX, *self._open}
+        taken = {self.layout.index_name, *self._open}
         if not paths.is_plain_name(file_name) or file_name in taken or self._done:
             raise ValueError(f"cannot add {file_name!r} to the output")
         return self.folder / file_name
@@ -276,7 +276,7 @@ class Build:
             self._sync(file)
             file.close()
         if self.layout.index is not None:
-            files.write_bytes(self.folder / INDEX, self.layout.index)
+            files.write_bytes(self.folder / self.layout.index_name, self.layout.index)
         files.sync_folder(self.folder)
         with held():  # from the rename on the output is complete, and what is left is soon done
             replaced = self._take_the_name()

@@ -120,7 +120,10 @@ FUNCTIONS: Any = {
     ("slerp", "tile"): slerp_tile,
     **{
         (name, "tile"): span_tile
-        for name in ("linear", "task_arithmetic", "nuslerp", "multislerp", "karcher", "model_stock", "passthrough")
+        for name in (
+            *("linear", "task_arithmetic", "nuslerp", "multislerp", "karcher", "model_stock", "passthrough"),
+            *("sma", "wma", "ema", "expo", "geometric_median"),
+        )
     },
 }
 """(method, function) -> kernel."""
