@@ -150,17 +150,22 @@ def from_bfloat16(stored: Any) -> Any:
 
 
 @numba.njit(inline="always")
+def _all_if(condition: Any) -> Any:
+    """32 bits that are set where the condition holds: choices without branches."""
+    return np.uint32(np.uint32(0) - np.uint32(condition))
+
+
+@numba.njit(inline="always")
 def from_float16(stored: Any) -> Any:
     """The float32 of a float16's bits; the payload of a NaN stays."""
     bits = np.uint32(np.uint16(stored))
     code = np.uint32(bits & np.uint32(0x7FFF))
-    subnormal = np.float32(np.int32(code)) * np.float32(2.0**-24)
-    number = np.uint32((code << np.uint32(13)) + np.uint32(0x38000000))
-    if code >= np.uint32(0x7C00):
-        number = np.uint32(number + np.uint32(0x38000000))
-    if code < np.uint32(0x0400):
-        number = np.uint32(np.float32(subnormal).view(np.uint32))
-    return np.uint32(number | ((bits & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
+    tiny = np.float32(np.float32(np.int32(code)) * np.float32(2.0**-24)).view(np.uint32)
+    normal = np.uint32(np.uint32(code << np.uint32(13)) + np.uint32(0x38000000))
+    beyond = np.uint32(np.uint32(0x38000000) & _all_if(code >= np.uint32(0x7C00)))
+    small = _all_if(code < np.uint32(0x0400))
+    number = np.uint32((tiny & small) | (np.uint32(normal + beyond) & np.uint32(~small)))
+    return np.uint32(number | np.uint32(np.uint32(bits & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
 
 
 @numba.njit(inline="always")
@@ -168,13 +173,12 @@ def from_float8_e4m3fn(stored: Any) -> Any:
     """The float32 of a float8_e4m3fn's code."""
     bits = np.uint32(np.uint8(stored))
     code = np.uint32(bits & np.uint32(0x7F))
-    subnormal = np.float32(np.int32(code)) * np.float32(2.0**-9)
-    number = np.uint32((code << np.uint32(20)) + np.uint32(120 << 23))
-    if code == np.uint32(0x7F):
-        number = np.uint32(0x7FC00000)
-    if code < np.uint32(0x08):
-        number = np.uint32(np.float32(subnormal).view(np.uint32))
-    return np.uint32(number | ((bits & np.uint32(0x80)) << np.uint32(24))).view(np.float32)
+    tiny = np.float32(np.float32(np.int32(code)) * np.float32(2.0**-9)).view(np.uint32)
+    normal = np.uint32(np.uint32(code << np.uint32(20)) + np.uint32(120 << 23))
+    large = _all_if(code == np.uint32(0x7F))
+    small = _all_if(code < np.uint32(0x08))
+    number = np.uint32((tiny & small) | (normal & np.uint32(~(small | large))) | (np.uint32(0x7FC00000) & large))
+    return np.uint32(number | np.uint32(np.uint32(bits & np.uint32(0x80)) << np.uint32(24))).view(np.float32)
 
 
 @numba.njit(inline="always")
@@ -182,15 +186,13 @@ def from_float8_e5m2(stored: Any) -> Any:
     """The float32 of a float8_e5m2's code."""
     bits = np.uint32(np.uint8(stored))
     code = np.uint32(bits & np.uint32(0x7F))
-    subnormal = np.float32(np.int32(code)) * np.float32(2.0**-16)
-    number = np.uint32((code << np.uint32(21)) + np.uint32(112 << 23))
-    if code == np.uint32(0x7C):
-        number = np.uint32(0x7F800000)
-    if code > np.uint32(0x7C):
-        number = np.uint32(0x7FC00000)
-    if code < np.uint32(0x04):
-        number = np.uint32(np.float32(subnormal).view(np.uint32))
-    return np.uint32(number | ((bits & np.uint32(0x80)) << np.uint32(24))).view(np.float32)
+    tiny = np.float32(np.float32(np.int32(code)) * np.float32(2.0**-16)).view(np.uint32)
+    normal = np.uint32(np.uint32(code << np.uint32(21)) + np.uint32(112 << 23))
+    large = _all_if(code >= np.uint32(0x7C))
+    special = np.uint32(np.uint32(0x7F800000) | np.uint32(np.uint32(0x00400000) & _all_if(code > np.uint32(0x7C))))
+    small = _all_if(code < np.uint32(0x04))
+    number = np.uint32((tiny & small) | (normal & np.uint32(~(small | large))) | (special & large))
+    return np.uint32(number | np.uint32(np.uint32(bits & np.uint32(0x80)) << np.uint32(24))).view(np.float32)
 
 
 _WIDENED = {
