@@ -139,9 +139,10 @@ def _text(prepared: Prepared) -> str:
     )
     if forecast.work:
         flops = sum(cost.flops for cost in forecast.work.values())
+        there = "" if forecast.device == CPU else " on the CPU"
         lines.append(
             f"linear algebra: {_flops_text(flops)}, about {forecast.seconds:.2g} s with {forecast.workers} threads "
-            f"at {_flops_text(FLOPS)} a second each"
+            f"at {_flops_text(FLOPS)} a second each{there}"
         )
     lines += [f"note: {note}" for note in plan.notes]
     lines += [f"warning: {warning}" for warning in plan.warnings]
