@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import array_api_compat.numpy  # noqa: F401 - array_namespace would import it in some worker, at a bad moment
 import numpy as np
 
 from smelt.engine.backends import HOST, Backend, default_tile, default_workers
