@@ -107,14 +107,19 @@ def test_a_limit_of_the_address_space(limit: int, models: Path, tmp_path: Path) 
         resource.setrlimit(resource.RLIMIT_AS, (limit << 20, limit << 20))
 
     words = [sys.executable, "-m", "smelt", "merge", "ties.yml", str(tmp_path / "out"), "--threads", "2"]
-    done = subprocess.run(words, cwd=models, preexec_fn=lower, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
+    try:
+        done = subprocess.run(
+            words, cwd=models, preexec_fn=lower, capture_output=True, text=True, check=False, timeout=60
+        )
+    except subprocess.TimeoutExpired:  # the compiler was seen to go in circles; then it was killed just now
+        done = None
+    if done is not None and done.returncode == 0:
         assert (tmp_path / "out" / "smelt.json").exists()
         return
     assert not (tmp_path / "out").exists()
     assert all(path.name.startswith(".out.smelt-build") for path in tmp_path.iterdir())
     subprocess.run(words, cwd=models, capture_output=True, check=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    if done.returncode == 4 and "tensors, " in done.stderr:  # it had begun
+    if done is not None and done.returncode == 4 and "tensors, " in done.stderr:  # it had begun
         assert "error: not enough memory" in done.stderr, done.stderr
         assert "fix: " in done.stderr
