@@ -16,6 +16,7 @@ from typing import Any, get_args
 from smelt.engine.backends import CPU, check_name, choose
 from smelt.engine.copying import Known
 from smelt.engine.forecast import Forecast, forecast
+from smelt.engine.nesting import Step, open_steps, stored_models, with_steps
 from smelt.engine.run import RunResult, check_equal, run
 from smelt.errors import InputError, NumericError, RecipeError, SmeltError, StorageError, raise_all
 from smelt.lineage.card import CARD, card
@@ -26,15 +27,16 @@ from smelt.planning.build import build
 from smelt.planning.check import check
 from smelt.planning.companions import small_files
 from smelt.planning.entries import Plan
-from smelt.planning.locate import Model, local_folders, missing_folders, open_models
+from smelt.planning.locate import Model, clashes, local_folders, missing_folders, open_models
 from smelt.recipe.canonical import canonical, to_yaml
 from smelt.recipe.check import check_parameters
+from smelt.recipe.nesting import mentions
 from smelt.recipe.parse import from_dict, load
 from smelt.recipe.schema import Recipe, Relaxation
 from smelt.specs import TensorSpec
 from smelt.storage import files
 from smelt.storage.checkpoint import Checkpoint, TensorSource
-from smelt.storage.writer import Build, OutputTensor, check_out, layout
+from smelt.storage.writer import Build, Layout, OutputTensor, check_out, layout
 
 SHARD_BYTES = 5_000_000_000
 """Most bytes of tensors in one weight file, unless asked otherwise."""
@@ -60,6 +62,8 @@ class Prepared:
     forecast: Forecast
     method_files: Mapping[str, str]
     """The sha256 of each method file that the recipe names."""
+    steps: tuple[Step, ...] = ()
+    """The merges that the output is made of, each after those that it is made of itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,24 +119,34 @@ def prepare(
         recipe = from_dict(recipe)
     with ExitStack() as stack:
         method_files = _load_methods(recipe, beside or Path.cwd(), stack, trust=trust_methods)
-        if problems := check_parameters(recipe):  # then nothing is fetched, but what is surely missing is told too
-            raise_all([*problems, *missing_folders(recipe.mentions(), beside=beside)])
+        problems = check_parameters(recipe)
+        problems += clashes({name: recipe.where("merges", name) for name in recipe.merges or {}}, beside=beside)
+        named = mentions(recipe)
+        if problems:  # then nothing is fetched, but what is surely missing is told too
+            raise_all([*problems, *missing_folders(named, beside=beside)])
         if out is not None:
-            known = [*local_folders(recipe.mentions(), beside=beside), *_beside_models(path, method_files)]
+            known = [*local_folders(named, beside=beside), *_beside_models(path, method_files)]
             if problems := _unusable(out, overwrite, known):
-                raise_all([*problems, *missing_folders(recipe.mentions(), beside=beside)])
+                raise_all([*problems, *missing_folders(named, beside=beside)])
         opened = open_models(
-            recipe.mentions(), beside=beside, stack=stack, weights=weights, trust_pickles=trust_pickles
+            named,
+            beside=beside,
+            stack=stack,
+            weights=weights,
+            trust_pickles=trust_pickles,
+            merges=tuple(recipe.merges or ()),
         )
-        plan = build(recipe, opened, allow=allowed, seed=seed)
+        opened, steps = open_steps(recipe, opened, allow=allowed, seed=seed)
+        plan = with_steps(build(recipe, opened, allow=allowed, seed=seed), recipe, steps)
         if device != CPU:
             plan = replace(plan, notes=(*plan.notes, _ON_DEVICE.format(device)))
         models = tuple({id(opened[name.text]): opened[name.text] for name in recipe.model_names()}.values())
         if strict and plan.warnings:
             raise RecipeError(_strictly(len(plan.warnings)), where=list(plan.warnings))
         tokenizer = next(model for model in opened.values() if model.name == plan.tokenizer)
-        predicted = forecast(plan, workers=workers, tile=tile, device=device)
-        yield Prepared(recipe, opened, models, tokenizer, plan, predicted, method_files)
+        inner = {step.name: step.plan for step in steps}
+        predicted = forecast(plan, workers=workers, tile=tile, device=device, steps=inner)
+        yield Prepared(recipe, opened, models, tokenizer, plan, predicted, method_files, steps)
 
 
 def allowances(allow: Iterable[str]) -> frozenset[str]:
@@ -247,9 +261,12 @@ def merge(
         backend = choose(device)
         plan, models = prepared.plan, prepared.models
         _refuse_overlap(out, _inputs(recipe, prepared))
-        shards = layout([OutputTensor(e.name, e.dtype, e.shape) for e in plan.entries], shard_bytes=shard_bytes)
+        shards = _layout(plan, shard_bytes)
         check(plan, models, shards)
         sources = [model.source for model in models]
+        for step in prepared.steps:
+            check(step.plan, step.models, _layout(step.plan, shard_bytes))
+            check_equal(step.plan, step.source.sources)
         check_equal(plan, sources)
         claims, doubts = trusted(plan, sources) if trust_digests else ({}, [])
         if strict and doubts:
@@ -275,9 +292,9 @@ def merge(
                     source.close()  # where descriptors ran out, removing the build needs some of theirs
                 raise
             hashes = {
-                (i, info.name): known
-                for i, source in enumerate(sources)
-                for info in source.files
+                (model.name, info.name): known
+                for model in stored_models(models, prepared.steps)
+                for info in model.source.files
                 if (known := info.blob_sha256 or (_sha256(info.path) if hash_inputs else None))
             }
             _refuse_changed(prepared.opened.values())
@@ -300,6 +317,10 @@ def merge(
         warnings=(*plan.warnings, *doubts, *_nonfinite_warnings(nonfinite)),
         trusted=tuple(claims),
     )
+
+
+def _layout(plan: Plan, shard_bytes: int) -> Layout:
+    return layout([OutputTensor(e.name, e.dtype, e.shape) for e in plan.entries], shard_bytes=shard_bytes)
 
 
 def _known(plan: Plan, sources: Sequence[TensorSource], folder: Build, claims: Mapping[str, Claim]) -> dict[str, Known]:
@@ -396,7 +417,14 @@ def _papers(prepared: Prepared, *, name: str) -> dict[str, bytes]:
     donor_card = models[plan.donor].source.bytes(CARD)
     papers["mergekit_config.yml"] = to_yaml(public).encode()
     name = name.encode("utf-8", "replace").decode()  # a file name need not be text
-    papers[CARD] = card(plan, name=name, recipe=public, donor_card=donor_card, has_config="config.json" in papers)
+    papers[CARD] = card(
+        plan,
+        name=name,
+        recipe=public,
+        donor_card=donor_card,
+        has_config="config.json" in papers,
+        steps={step.name: step.plan for step in prepared.steps},
+    )
     return papers
 
 
@@ -405,7 +433,7 @@ def _write_papers(
     prepared: Prepared,
     done: RunResult,
     papers: Mapping[str, bytes],
-    hashes: Mapping[tuple[int, str], str],
+    hashes: Mapping[tuple[str, str], str],
     claims: Mapping[str, Claim],
     *,
     device: Mapping[str, str] | None,
@@ -420,7 +448,8 @@ def _write_papers(
             replace(plan, notes=_published(plan.notes, prepared), warnings=_published(plan.warnings, prepared)),
             folder.layout,
             recipe=canonical(prepared.recipe, rename=published_names(prepared)),
-            inputs=[model.source.files for model in prepared.models],
+            inputs={m.planned: m.source.files for m in stored_models(prepared.models, prepared.steps)},
+            merges={step.name: step.plan for step in prepared.steps},
             hashes=hashes,
             tensors={result.name: result.digest for result in done.tensors},
             nonfinite={r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created},

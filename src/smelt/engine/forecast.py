@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from smelt.engine.backends import CPU, default_tile, default_workers
 from smelt.engine.copying import PIECE
@@ -35,6 +37,9 @@ class Forecast:
     workers: int
     device: str = CPU
     device_memory: int = 0
+    apart_read: int = 0
+    """With merges within the recipe: what they would read if each was written, and then read by the others."""
+    apart_written: int = 0
 
 
 def passes(entry: Entry) -> int:
@@ -44,8 +49,15 @@ def passes(entry: Entry) -> int:
     return 1 + max((start + r.reducer.rounds for start, r in schedule(bind(entry).active())), default=0)
 
 
-def forecast(plan: Plan, *, workers: int | None = None, tile: int | None = None, device: str = CPU) -> Forecast:
-    """Predict a run with these settings."""
+def forecast(
+    plan: Plan,
+    *,
+    workers: int | None = None,
+    tile: int | None = None,
+    device: str = CPU,
+    steps: Mapping[str, Plan] | None = None,
+) -> Forecast:
+    """Predict a run with these settings; `steps` has the plans of the merges that are read as models, by name."""
     workers = workers or default_workers(device)
     tile = tile or default_tile(device)
     read = 0
@@ -59,14 +71,70 @@ def forecast(plan: Plan, *, workers: int | None = None, tile: int | None = None,
         buffers, tiles = _worker_bytes(entry, tile)
         stored, worked, largest = max(stored, buffers), max(worked, tiles), max(largest, buffers + tiles)
     memory = INTERPRETER + PER_ENTRY * len(plan.entries) + min(kept, KEEP_BYTES)
+    found = Forecast(read, plan.output_bytes, counts, memory, workers)
     if device != CPU:  # stored bytes of a task are on the host, those of a tile on the device as well
-        return Forecast(
-            read, plan.output_bytes, counts, memory + TORCH + workers * stored, workers, device, stored + worked
-        )
-    memory += workers * largest
-    if worth_kernels(plan):
-        memory += COMPILER
-    return Forecast(read, plan.output_bytes, counts, memory, workers)
+        memory += TORCH + workers * stored
+        found = replace(found, memory=memory, device=device, device_memory=stored + worked)
+    else:
+        memory += workers * largest + (COMPILER if worth_kernels(plan) else 0)
+        found = replace(found, memory=memory)
+    return _nested(found, plan, steps, tile) if steps else found
+
+
+def _nested(found: Forecast, plan: Plan, steps: Mapping[str, Plan], tile: int) -> Forecast:
+    """The forecast of the output's own plan, and what the merges within it add."""
+    alone = {name: forecast(step, workers=1, tile=tile) for name, step in steps.items()}
+    every = sum(_stored_bytes(entry, plan, steps) for entry in plan.entries)
+    fixed = INTERPRETER + (TORCH if found.device != CPU else 0)
+    shared = sum(len(step.models) for step in (plan, *steps.values())) * 2 * max(4 * tile, 1 << 20)
+    return replace(
+        found,
+        bytes_read=every,
+        memory=found.memory
+        + found.workers * (sum(max(one.memory - fixed, 0) for one in alone.values()) + shared)
+        + (KEEP_BYTES if any(count > 1 for one in alone.values() for count in one.passes.values()) else 0),
+        apart_read=found.bytes_read + sum(one.bytes_read for one in alone.values()),
+        apart_written=found.bytes_written + sum(one.bytes_written for one in alone.values()),
+    )
+
+
+_Tensor = tuple[str, str]
+"""A model and a tensor of it."""
+
+
+def _stored_bytes(entry: Entry, plan: Plan, steps: Mapping[str, Plan]) -> int:
+    """Bytes of stored models that one tensor of the output costs, through all merges that it is made of.
+
+    What is read range by range together is read once, however many merges use it; passes that a merge makes for
+    itself, for its reductions, are its own.
+    """
+    sizes: dict[_Tensor, int] = {}
+    entries = {(name, one.name): one for name, step in steps.items() for one in step.entries}
+    seen: dict[_Tensor, set[_Tensor]] = {}
+
+    def reads(one: Entry, of: Plan, times: int) -> tuple[Counter[_Tensor], set[_Tensor]]:
+        """What is read for itself, how often; and what is read together with others, `times` times."""
+        own: Counter[_Tensor] = Counter()
+        together: set[_Tensor] = set()
+        rounds = passes(one) - 1
+        keeps = rounds > 0 and one.input_bytes <= KEEP_BYTES
+        more = 1 if keeps else rounds + times
+        for source in one.sources:
+            key = (of.models[source.model].published, source.tensor.name)
+            if key in entries:
+                if key not in seen:
+                    inner, seen[key] = reads(entries[key], steps[key[0]], more)
+                    own += inner
+                together |= seen[key]
+            else:
+                sizes[key] = source.tensor.nbytes
+                together.add(key)
+        if keeps:
+            return own + Counter(together), set()
+        return own + Counter(dict.fromkeys(together, rounds)), together
+
+    own, together = reads(entry, plan, 1)
+    return sum(sizes[key] * count for key, count in (own + Counter(together)).items())
 
 
 def _worker_bytes(entry: Entry, tile: int) -> tuple[int, int]:

@@ -20,7 +20,8 @@ from smelt.engine.backends import HOST, Backend, default_tile, default_workers
 from smelt.engine.copying import CopyRun, Known
 from smelt.engine.kernels import DEFINITIONS, Kernels, fused
 from smelt.engine.memory import Budget
-from smelt.engine.tensor import Settings, Sink, TensorResult, TensorRun
+from smelt.engine.steps import Stopped, Workshop, steps_among
+from smelt.engine.tensor import Readable, Settings, Sink, TensorResult, TensorRun
 from smelt.engine.tiles import Scratch
 from smelt.errors import InputError, SmeltError, raise_all
 from smelt.planning.entries import Action, Entry, Input, Plan
@@ -43,7 +44,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a run gives: one result per entry, in plan order, how long it took, and the bytes that it moved."""
+    """What a run gives: one result per entry, in plan order, how long it took, and the bytes that it moved.
+
+    Of merges within the recipe, what they read of stored models is counted, and not what they gave.
+    """
 
     tensors: tuple[TensorResult, ...]
     seconds: float
@@ -68,13 +72,14 @@ def run(
 
     The result does not depend on `workers` (threads), `tile` (elements a method sees at once) or `kernels` (whether
     compiled ones are used; None: if the merge is large enough to repay loading them). `backend` is where methods work.
-    Copied tensors that are in `known` are moved unread. Raises the first error of any worker; KeyboardInterrupt stops
+    Copied tensors that are in `known` are moved unread. Sources may be merges of their own (`engine.steps`), which work
+    with the same settings. Raises the first error of any worker; KeyboardInterrupt stops
     them and is passed on.
     """
     if backend.kernels is not None:
         chosen = backend.kernels
     else:
-        chosen = _kernels() if kernels or (kernels is None and worth_kernels(plan)) else DEFINITIONS
+        chosen = _kernels() if kernels or (kernels is None and worth_kernels(plan, sources)) else DEFINITIONS
     settings = Settings(
         workers=workers or default_workers(backend.name),
         tile=tile or default_tile(backend.name),
@@ -85,14 +90,21 @@ def run(
         backend=backend,
     )
     started = time.perf_counter()
-    crew = _Crew(plan, sources, sink, settings, known or {})
-    crew.work(progress)
-    return RunResult(tuple(crew.results()), time.perf_counter() - started, crew.read, crew.written)
+    budget = Budget(settings.keep_bytes, settings.backend.empty)
+    if not steps_among(sources):
+        crew = _Crew(plan, sources, sink, settings, known or {}, budget, None)
+        crew.work(progress)
+        return RunResult(tuple(crew.results()), time.perf_counter() - started, crew.read, crew.written)
+    with Workshop.open(sources, settings, budget) as workshop:
+        crew = _Crew(plan, sources, sink, settings, known or {}, budget, workshop)
+        crew.work(progress)
+    return RunResult(tuple(crew.results()), time.perf_counter() - started, workshop.bytes_read, crew.written)
 
 
-def worth_kernels(plan: Plan) -> bool:
+def worth_kernels(plan: Plan, sources: Sequence[TensorSource] = ()) -> bool:
     """Whether a merge is large enough to repay loading the compiled kernels; copies have no use for them."""
-    merged = sum(entry.input_bytes for entry in plan.entries if entry.action is Action.MERGE)
+    plans = [plan, *(step.plan for step in steps_among(sources))]
+    merged = sum(entry.input_bytes for one in plans for entry in one.entries if entry.action is Action.MERGE)
     return merged >= WORTH_KERNELS
 
 
@@ -111,13 +123,17 @@ class _Crew:
         sink: Sink,
         settings: Settings,
         known: Mapping[str, Known],
+        budget: Budget,
+        workshop: Workshop | None,
     ) -> None:
         self._plan = plan
         self._known = known
         self._sources = sources
+        self._workshop = workshop
+        self._readers: list[Readable] = list(sources if workshop is None else map(workshop.reader, sources))
         self._sink = sink
         self._settings = settings
-        self._budget = Budget(settings.keep_bytes, settings.backend.empty)
+        self._budget = budget
         self._ready: list[tuple[int, int, int]] = []
         self._open: dict[int, TensorRun | CopyRun] = {}
         self._left: dict[int, int] = {}
@@ -144,8 +160,7 @@ class _Crew:
         finally:
             with held():  # no thread may outlive this call: its files will be closed
                 with self._changed:
-                    self._stop = True
-                    self._changed.notify_all()
+                    self._stop_all()
                 for thread in threads:
                     thread.join()
                 for tensor in self._open.values():
@@ -170,15 +185,23 @@ class _Crew:
                         continue
                     read, written = self._open[index].task(task, scratch)
                     self._done(index, number, read, written, scratch)
+        except Stopped:
+            return
         except BaseException as error:
             with self._changed:
                 self._fail(index, error)
 
+    def _stop_all(self) -> None:
+        """Have every worker stop after the task that it is at; the lock is held."""
+        self._stop = True
+        if self._workshop is not None:
+            self._workshop.stop()
+        self._changed.notify_all()
+
     def _fail(self, index: int, error: BaseException) -> None:
         """Remember what went wrong with a tensor, and stop; the lock is held."""
         self._failures.setdefault(index, self._placed(error))
-        self._stop = True
-        self._changed.notify_all()
+        self._stop_all()
 
     def _placed(self, error: BaseException) -> BaseException:
         if isinstance(error, MemoryError):
@@ -203,6 +226,8 @@ class _Crew:
         """Open a tensor and share its tasks out, or do all of it where it is small."""
         entry = self._plan.entries[index]
         tensor = self._tensor(entry)
+        if self._workshop is not None:
+            self._workshop.hold(entry, self._sources)
         read = written = 0
         if entry.size:
             tensor.begin(scratch)
@@ -211,6 +236,8 @@ class _Crew:
             read, written = read + sum(r for r, _ in more), written + sum(w for _, w in more)
             if not tensor.end_pass(scratch):
                 break
+        if tensor.alone and self._workshop is not None:
+            self._workshop.drop(entry, self._sources)
         with self._changed:
             self._opening -= 1
             if tensor.alone:
@@ -224,9 +251,9 @@ class _Crew:
 
     def _tensor(self, entry: Entry) -> TensorRun | CopyRun:
         if entry.action is Action.MERGE:
-            return TensorRun(entry, self._sources, self._sink, settings=self._settings, budget=self._budget)
+            return TensorRun(entry, self._readers, self._sink, settings=self._settings, budget=self._budget)
         known = self._known.get(entry.name)
-        return CopyRun(entry, self._sources, self._sink, settings=self._settings, known=known)
+        return CopyRun(entry, self._readers, self._sink, settings=self._settings, known=known)
 
     def _count(self, read: int, written: int) -> None:
         self.read += read
@@ -248,6 +275,8 @@ class _Crew:
                 return
             tensor = self._open[index]
         again = tensor.end_pass(scratch)
+        if not again and self._workshop is not None:
+            self._workshop.drop(tensor.entry, self._sources)
         with self._changed:
             if again:
                 self._queue(index, tensor, number + 1)

@@ -31,9 +31,9 @@ from smelt.methods.loading import answerable, definition_of
 from smelt.methods.reducers import described
 from smelt.methods.selection import KthLargest
 from smelt.planning.entries import Entry
-from smelt.specs import Grain
+from smelt.specs import Grain, TensorSpec
 from smelt.storage import digests
-from smelt.storage.checkpoint import TensorSource
+from smelt.storage.files import Buffer
 
 _SAMPLE = (32, 1024)
 """Chunks of a sample, and elements of each."""
@@ -42,6 +42,15 @@ _WORTH_SAMPLE = 1 << 20
 _NOWHERE = np.zeros(0, dtype=np.intp)
 _READ_BACK = 8 * digests.BLOCK
 """Bytes that are read back at a time for digests."""
+
+
+class Readable(Protocol):
+    """What tensors are read from: a source, or what stands before one."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read_into(self, spec: TensorSpec, start: int, stop: int, buffer: Buffer) -> None: ...
 
 
 class Sink(Protocol):
@@ -87,10 +96,13 @@ class Stage(enum.Enum):
 
 
 class TensorRun:
-    """The work of one entry that is merged. `task` may be called from any thread, `begin` and `end_pass` by one."""
+    """The work of one entry that is merged. `task` may be called from any thread, `begin` and `end_pass` by one.
+
+    Without a sink nothing is written: when the reductions are done, any thread may ask `produce` for any part.
+    """
 
     def __init__(
-        self, entry: Entry, sources: Sequence[TensorSource], sink: Sink, *, settings: Settings, budget: Budget
+        self, entry: Entry, sources: Sequence[Readable], sink: Sink | None, *, settings: Settings, budget: Budget
     ) -> None:
         self.entry = entry
         self._sources = sources
@@ -131,7 +143,12 @@ class TensorRun:
     @property
     def alone(self) -> bool:
         """Whether one worker does all of it."""
-        return self.geometry.tasks <= 1
+        return self.geometry.tasks <= 1 and self._sink is not None
+
+    @property
+    def reducing(self) -> bool:
+        """Whether the present pass is one of reductions."""
+        return self._stage is Stage.REDUCE
 
     def begin(self, scratch: Scratch) -> None:
         """Prepare the first pass."""
@@ -328,20 +345,32 @@ class TensorRun:
                 running.take(partials, given.start // self.geometry.block)
         return left
 
-    def _write(self, start: int, stop: int, scratch: Scratch) -> tuple[int, int]:
-        entry = self.entry
-        size = entry.dtype.bits // 8
-        out = scratch.array("out", ((stop - start) * size,), np.uint8)
+    def produce(self, start: int, stop: int, out: Any, scratch: Scratch) -> int:
+        """Put the stored bytes of elements [start, stop) of the result into `out`; gives the bytes read for it.
+
+        Only after the reductions; both ends must lie where the method's grain allows a cut.
+        """
+        size = self.entry.dtype.bits // 8
         read = 0
         with np.errstate(all="ignore"):
-            for low, high in self.geometry.tile_spans(start, stop):
+            low = start
+            while low < stop:
+                high = min(low - low % self.geometry.tile + self.geometry.tile, stop)
                 stored, more = self._read(low, high, scratch)
                 read += more
                 piece = out[(low - start) * size : (high - start) * size]
                 cut = self._tile(self._tile_given(stored, low, high, scratch), piece)
                 if cut is not None:
                     self._count_nonfinite(piece, stored, low, cut)
-        self._sink.write(entry.name, start * size, out)
+                low = high
+        return read
+
+    def _write(self, start: int, stop: int, scratch: Scratch) -> tuple[int, int]:
+        assert self._sink is not None
+        size = self.entry.dtype.bits // 8
+        out = scratch.array("out", ((stop - start) * size,), np.uint8)
+        read = self.produce(start, stop, out, scratch)
+        self._sink.write(self.entry.name, start * size, out)
         self._digest(start * size, out)
         return read, len(out)
 
@@ -351,7 +380,8 @@ class TensorRun:
         Gives None where all its numbers are finite; else the places (there may be none) where the type cut a value.
         """
         kernels, dtype = self._settings.kernels, self.entry.dtype
-        if self._tile_kernel is not None:
+        # kernels count on whole blocks before the tile; what is read of a merge within a recipe may begin anywhere
+        if self._tile_kernel is not None and given.start % self.geometry.block == 0:
             kind = kernels.elements.get(dtype.code)
             values = given.scratch.array("values", (given.count,), np.float32) if kind is None else out.view(kind)
             found = self._tile_kernel(self._method, given, values)
@@ -367,19 +397,6 @@ class TensorRun:
         kernels.encode(values, dtype, out)
         cut = dtypes.saturated(self._settings.backend.to_host(values) if dtype.saturates else values, dtype)
         return cut if cut.size or kernels.any_nonfinite(out, dtype) else None
-
-    def _copy(self, start: int, stop: int, scratch: Scratch) -> tuple[int, int]:
-        dtype = self.entry.dtype
-        source = self.entry.sources[0]
-        low, high = dtype.nbytes(start), dtype.nbytes(stop)
-        data = scratch.array("out", (high - low,), np.uint8)
-        self._sources[source.model].read_into(source.tensor, low, high, data)
-        self._sink.write(self.entry.name, low, data)
-        self._digest(low, data)
-        if dtype.floating and self._settings.kernels.any_nonfinite(data, dtype):
-            with self._lock:
-                self._inherited += int(np.count_nonzero(dtypes.nonfinite(data, dtype)))
-        return high - low, high - low
 
     def _count_nonfinite(self, out: Any, stored: Sequence[tuple[Any, DType]], start: int, cut: Any) -> None:
         """Count the NaNs and infinities of a tile's output; new ones fail the merge unless they are allowed.
@@ -434,5 +451,6 @@ class TensorRun:
         start = task * _READ_BACK
         stop = min(start + _READ_BACK, self.entry.nbytes)
         buffer = scratch.array("written", (stop - start,), np.uint8)
+        assert self._sink is not None
         self._sink.read_back(self.entry.name, start, stop, memoryview(buffer))
         self._digests.update(enumerate(digests.of_blocks(memoryview(buffer)), start // digests.BLOCK))

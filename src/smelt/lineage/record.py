@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from smelt._version import __version__
-from smelt.planning.entries import Entry, Plan
+from smelt.planning.entries import Entry, Plan, PlannedModel
 from smelt.planning.explain import entry_json
 from smelt.storage.checkpoint import FileInfo
 from smelt.storage.layout import INDEX, Layout
@@ -30,23 +30,26 @@ def record(
     layout: Layout,
     *,
     recipe: Mapping[str, Any],
-    inputs: Sequence[Sequence[FileInfo]],
-    hashes: Mapping[tuple[int, str], str],
+    inputs: Mapping[PlannedModel, Sequence[FileInfo]],
+    hashes: Mapping[tuple[str, str], str],
     tensors: Mapping[str, str],
     nonfinite: Mapping[str, int],
     companions: Mapping[str, str],
     method_files: Mapping[str, str],
     trusted: Collection[str] = (),
     device: Mapping[str, str] | None = None,
+    merges: Mapping[str, Plan] | None = None,
 ) -> bytes:
     """The record as JSON.
 
-    `inputs` gives each model's weight files, `hashes` the sha256 of a (model, file) where it is known, `tensors` the
+    `inputs` gives the weight files of each stored model, `hashes` the sha256 of a (model, file) where it is known,
+    `merges` the plans of the merges within the recipe, `tensors` the
     digest of each output tensor, `nonfinite` how many of its numbers are NaN or infinite, `companions` the sha256 of
     each small file, `method_files` that of each method file which the recipe names. Digests and counts of tensors in
     `trusted` were taken over from the record of the model that they were copied from. `device` is what the numbers were
     worked out on, if it was not the CPU.
     """
+    base = None if plan.base is None else plan.models[plan.base]
     tree: dict[str, Any] = {
         "format": FORMAT,
         "smelt": __version__,
@@ -57,20 +60,21 @@ def record(
         "inputs": [
             {
                 "model": model.published,
-                "role": "base" if index == plan.base else "model",
+                "role": "base" if model == base else "model",
                 "commit": model.commit,
                 "files": [
                     {
                         "name": info.name,
                         "size": info.size,
                         "header": info.header_digest,
-                        "sha256": hashes.get((index, info.name)),
+                        "sha256": hashes.get((model.published, info.name)),
                     }
-                    for info in inputs[index]
+                    for info in infos
                 ],
             }
-            for index, model in enumerate(plan.models)
+            for model, infos in inputs.items()
         ],
+        **({"merges": {name: _made_within(step) for name, step in merges.items()}} if merges else {}),
         "donor": plan.models[plan.donor].published,
         "tokenizer": plan.tokenizer,
         "digest": DIGEST,
@@ -101,6 +105,16 @@ def record(
     }
     tree["checksum"] = checksum(tree)
     return (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _made_within(plan: Plan) -> dict[str, Any]:
+    """What the record says of a merge within the recipe; its tensors follow from the recipe's text."""
+    return {
+        "method": plan.method,
+        "inputs": [model.published for model in plan.models],
+        "donor": plan.models[plan.donor].published,
+        "tokenizer": plan.tokenizer,
+    }
 
 
 def checksum(tree: Mapping[str, Any]) -> str:

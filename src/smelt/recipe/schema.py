@@ -1,4 +1,4 @@
-"""The recipe language: MergeKit's YAML, strict, with a few keys more: `merges`, `methods`, `allow`, `match:` in settings.
+"""The recipe language: MergeKit's YAML, strict, with a few keys more: `merges`, `methods`, `allow`, `match:` and more.
 
 These records hold what a recipe says and no defaults of methods. `parse.parse`, `parse.load` and `parse.from_dict` make
 them; that is where problems are put into words.
