@@ -6,19 +6,21 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from smelt.engine.backends import CPU, check_name, choose
+from smelt import keeping
+from smelt.engine.backends import CPU, Backend, check_name, choose
 from smelt.engine.copying import Known
 from smelt.engine.forecast import Forecast, forecast
 from smelt.engine.nesting import Step, open_steps, stored_models, with_steps
 from smelt.engine.run import RunResult, check_equal, run
 from smelt.errors import InputError, NumericError, RecipeError, SmeltError, StorageError, raise_all
+from smelt.keeping import Kept
 from smelt.lineage.card import CARD, card
 from smelt.lineage.record import RECORD, file_digest, record
 from smelt.lineage.trusted import Claim, trusted
@@ -64,6 +66,8 @@ class Prepared:
     """The sha256 of each method file that the recipe names."""
     steps: tuple[Step, ...] = ()
     """The merges that the output is made of, each after those that it is made of itself."""
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    """Those of them that are kept, and where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,8 @@ class MergeReport:
     warnings: tuple[str, ...]
     trusted: tuple[str, ...] = ()
     """Tensors that were moved unread, with the digest that their model's record names."""
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    """Merges within the recipe that are kept: where, and whether they were there before."""
 
 
 @contextmanager
@@ -99,13 +105,15 @@ def prepare(
     weights: bool = True,
     out: Path | None = None,
     overwrite: bool = False,
+    keep_folder: Path | None = None,
 ) -> Iterator[Prepared]:
     """Parse, open and plan; the models are closed when the context ends.
 
     `recipe` is a path, a mapping or a Recipe. `strict` makes warnings errors. With `weights` false, no weights are
     downloaded: the headers of a model on the hub are enough for a plan. Where the merge is to write into `out`,
-    an `out` that cannot be is told before any model is opened, with the models that are not there. Raises RecipeError,
-    InputError or StorageError with every problem that was found.
+    an `out` that cannot be is told before any model is opened, with the models that are not there. In `keep_folder`
+    the merges are looked for that the recipe keeps: beside `out`, or in the working folder, unless it is given. Raises
+    RecipeError, InputError or StorageError with every problem that was found.
     """
     allowed = allowances(allow)
     check_numbers(workers=workers, tile=tile)
@@ -144,9 +152,17 @@ def prepare(
         if strict and plan.warnings:
             raise RecipeError(_strictly(len(plan.warnings)), where=list(plan.warnings))
         tokenizer = next(model for model in opened.values() if model.name == plan.tokenizer)
-        inner = {step.name: step.plan for step in steps}
-        predicted = forecast(plan, workers=workers, tile=tile, device=device, steps=inner)
-        yield Prepared(recipe, opened, models, tokenizer, plan, predicted, method_files, steps)
+        place = keep_folder or (Path(os.path.realpath(out)).parent if out is not None else Path()) / keeping.FOLDER
+        kept = keeping.look(steps, opened, place, allow=allowed, device=device, method_files=method_files)
+        predicted = forecast(
+            plan,
+            workers=workers,
+            tile=tile,
+            device=device,
+            steps={step.name: step.plan for step in steps},
+            kept={name: one.there for name, one in kept.items()},
+        )
+        yield Prepared(recipe, opened, models, tokenizer, plan, predicted, method_files, steps, kept)
 
 
 def allowances(allow: Iterable[str]) -> frozenset[str]:
@@ -226,6 +242,7 @@ def merge(
     trust_methods: bool = False,
     trust_digests: bool = False,
     trust_pickles: bool = False,
+    keep_folder: str | Path | None = None,
     progress: Progress | None = None,
     on_plan: Callable[[Prepared], None] | None = None,
 ) -> MergeReport:
@@ -236,8 +253,9 @@ def merge(
     the result; `device` is where methods work, `cpu` or with torch `cuda` (`cuda:1`), where numbers may differ in the
     last place; `hash_inputs` records the sha256 of every input file; `trust_methods` lets the recipe load method files,
     which are code; `trust_digests` copies tensors that stay as they are unread, with the digests that the `smelt.json`
-    of their model names; `trust_pickles` has torch read models that are stored as pickles, in a process apart.
-    `progress` is called with (bytes done, bytes in all), `on_plan` once before all writing.
+    of their model names; `trust_pickles` has torch read models that are stored as pickles, in a process apart;
+    `keep_folder` is where merges lie that the recipe keeps (`.smelt-kept` beside `out`). `progress` is called with
+    (bytes done, bytes in all), `on_plan` once before all writing.
 
     Raises RecipeError, InputError, StorageError or NumericError, after which `out` is what it was before.
     """
@@ -245,22 +263,30 @@ def merge(
     out = Path(out)
     allowed = allowances(allow)
     check_numbers(shard_bytes=shard_bytes)
-    with prepare(
-        recipe,
-        allow=allowed,
-        strict=strict,
-        seed=seed,
-        workers=workers,
-        tile=tile,
-        device=device,
-        trust_methods=trust_methods,
-        trust_pickles=trust_pickles,
-        out=out,
-        overwrite=overwrite,
-    ) as prepared:
+    with (
+        prepare(
+            recipe,
+            allow=allowed,
+            strict=strict,
+            seed=seed,
+            workers=workers,
+            tile=tile,
+            device=device,
+            trust_methods=trust_methods,
+            trust_pickles=trust_pickles,
+            out=out,
+            overwrite=overwrite,
+            keep_folder=None if keep_folder is None else Path(keep_folder),
+        ) as prepared,
+        ExitStack() as stack,
+    ):
         backend = choose(device)
         plan, models = prepared.plan, prepared.models
-        _refuse_overlap(out, _inputs(recipe, prepared))
+        inputs = _inputs(recipe, prepared)
+        _refuse_overlap(out, inputs)
+        keeping.refuse_inside(out, prepared.kept)
+        for place in prepared.kept.values():
+            _refuse_overlap(place.folder, inputs)
         shards = _layout(plan, shard_bytes)
         check(plan, models, shards)
         sources = [model.source for model in models]
@@ -274,49 +300,116 @@ def merge(
         papers = _papers(prepared, name=Path(os.path.realpath(out)).name)
         if on_plan is not None:
             on_plan(prepared)
-        with Build.start(out, shards, overwrite=overwrite) as folder:
-            try:
-                done = run(
-                    plan,
-                    sources,
-                    folder,
-                    workers=workers,
-                    tile=tile,
-                    allow_nonfinite="nonfinite" in allowed or "nonfinite" in prepared.recipe.allow,
-                    backend=backend,
-                    known=_known(plan, sources, folder, claims),
-                    progress=progress,
+        carry_out = partial(
+            _carry_out,
+            workers=workers,
+            tile=tile,
+            backend=backend,
+            allowed=allowed,
+            strict=strict,
+            hash_inputs=hash_inputs,
+            progress=progress,
+        )
+        runs = []
+        for step in prepared.steps:
+            if step.name not in prepared.kept:
+                continue
+            place = prepared.kept[step.name]
+            if not place.there:
+                names = {text: model.name for text, model in prepared.opened.items()}
+                one = keeping.by_itself(step, prepared.recipe, prepared.steps, names)
+                alone = replace(
+                    prepared,
+                    recipe=one.recipe,
+                    plan=one.plan,
+                    models=step.models,
+                    tokenizer=step.tokenizer,
+                    steps=one.steps,
                 )
-            except BaseException:
-                for source in sources:
-                    source.close()  # where descriptors ran out, removing the build needs some of theirs
-                raise
-            hashes = {
-                (model.name, info.name): known
-                for model in stored_models(models, prepared.steps)
-                for info in model.source.files
-                if (known := info.blob_sha256 or (_sha256(info.path) if hash_inputs else None))
-            }
-            _refuse_changed(prepared.opened.values())
-            nonfinite = {r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created}
-            if strict and nonfinite:
-                raise NumericError(_strictly(1), where=_nonfinite_warnings(nonfinite), fix=_REPAIR)
-            _write_papers(folder, prepared, done, papers, hashes, claims, device=backend.described())
-            committing = time.perf_counter()
-            folder.commit()
-            commit_seconds = time.perf_counter() - committing
+                paper = _papers(alone, name=step.name)
+                runs.append(carry_out(alone, place.folder, _layout(step.plan, shard_bytes), paper, overwrite=True))
+            keeping.read_kept(step, place.folder, stack)
+        done = carry_out(prepared, out, shards, papers, overwrite=overwrite, claims=claims)
+        runs.append(done)
     return MergeReport(
         out=out,
         plan=plan,
         seconds=time.perf_counter() - started,
-        engine_seconds=done.seconds,
-        commit_seconds=commit_seconds,
-        bytes_read=done.bytes_read,
-        bytes_written=shards.total_bytes,
-        nonfinite=nonfinite,
-        warnings=(*plan.warnings, *doubts, *_nonfinite_warnings(nonfinite)),
+        engine_seconds=sum(one.engine_seconds for one in runs),
+        commit_seconds=sum(one.commit_seconds for one in runs),
+        bytes_read=sum(one.bytes_read for one in runs),
+        bytes_written=sum(one.bytes_written for one in runs),
+        nonfinite=done.nonfinite,
+        warnings=(*plan.warnings, *doubts, *_nonfinite_warnings(done.nonfinite)),
         trusted=tuple(claims),
+        kept=prepared.kept,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What writing one checkpoint took, and what was found on the way."""
+
+    engine_seconds: float
+    commit_seconds: float
+    bytes_read: int
+    bytes_written: int
+    nonfinite: Mapping[str, int]
+
+
+def _carry_out(
+    prepared: Prepared,
+    out: Path,
+    shards: Layout,
+    papers: Mapping[str, bytes],
+    *,
+    overwrite: bool,
+    workers: int | None,
+    tile: int | None,
+    backend: Backend,
+    allowed: Collection[str],
+    strict: bool,
+    hash_inputs: bool,
+    progress: Progress | None,
+    claims: Mapping[str, Claim] | None = None,
+) -> _Done:
+    """Run a plan and write what it gives, whole or not at all."""
+    plan, models = prepared.plan, prepared.models
+    sources = [model.source for model in models]
+    stored = stored_models(models, prepared.steps)
+    claims = claims or {}
+    with Build.start(out, shards, overwrite=overwrite) as folder:
+        try:
+            done = run(
+                plan,
+                sources,
+                folder,
+                workers=workers,
+                tile=tile,
+                allow_nonfinite="nonfinite" in allowed or "nonfinite" in prepared.recipe.allow,
+                backend=backend,
+                known=_known(plan, sources, folder, claims),
+                progress=progress,
+            )
+        except BaseException:
+            for model in stored:
+                model.source.close()  # where descriptors ran out, removing the build needs some of theirs
+            raise
+        hashes = {
+            (model.name, info.name): known
+            for model in stored
+            for info in model.source.files
+            if (known := info.blob_sha256 or (_sha256(info.path) if hash_inputs else None))
+        }
+        _refuse_changed(prepared.opened.values())
+        nonfinite = {r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created}
+        if strict and nonfinite:
+            raise NumericError(_strictly(1), where=_nonfinite_warnings(nonfinite), fix=_REPAIR)
+        _write_papers(folder, prepared, done, papers, hashes, claims, device=backend.described())
+        committing = time.perf_counter()
+        folder.commit()
+        commit_seconds = time.perf_counter() - committing
+    return _Done(done.seconds, commit_seconds, done.bytes_read, shards.total_bytes, nonfinite)
 
 
 def _layout(plan: Plan, shard_bytes: int) -> Layout:

@@ -21,6 +21,7 @@ ORDER = [
     {"tokens"},
     {"planning"},
     {"engine", "lineage"},
+    {"keeping"},
     {"merging", "in_memory", "verifying"},
     {"cli"},
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from smelt.cli.nested import models_of_steps, of_steps, steps_json
 from smelt.cli.options import Allow, Flag, Json, Seed
 from smelt.cli.show import count_text, counted, on_device, size_text, table, visible
 from smelt.engine.backends import CPU
@@ -26,6 +27,7 @@ def plan(
     strict: Flag = False,
     trust_methods: Flag = False,
     trust_pickles: Flag = False,
+    keep_folder: Path | None = None,
     as_json: Json = False,
 ) -> int:
     """Show what a merge would do: what each tensor gets with which numbers, bytes, passes and memory.
@@ -52,6 +54,8 @@ def plan(
         Load the method files that the recipe names; they are code.
     trust_pickles
         Read models that are stored as pickles, by torch in a process apart.
+    keep_folder
+        Where merges within the recipe lie that it asks to keep; .smelt-kept in the working folder by default.
     as_json
         Print the whole plan as JSON.
     """
@@ -65,6 +69,7 @@ def plan(
         trust_methods=trust_methods,
         trust_pickles=trust_pickles,
         weights=False,
+        keep_folder=keep_folder,
     ) as prepared:
         if explain is not None:
             print(_explained(prepared, explain, as_json=True) if as_json else visible(_explained(prepared, explain)))
@@ -81,6 +86,12 @@ def plan(
             if prepared.forecast.device != CPU:
                 tree["forecast"]["device"] = prepared.forecast.device
                 tree["forecast"]["device_memory"] = prepared.forecast.device_memory
+            if prepared.steps:
+                tree["merges"] = steps_json(prepared)
+                tree["forecast"]["one_after_the_other"] = {
+                    "bytes_read": prepared.forecast.apart_read,
+                    "bytes_written": prepared.forecast.apart_written,
+                }
             print(json.dumps(tree, indent=1))
         else:
             print(visible(_text(prepared)))
@@ -106,7 +117,12 @@ def _explained(prepared: Prepared, wanted: str, *, as_json: bool = False) -> str
 def _text(prepared: Prepared) -> str:
     plan, forecast = prepared.plan, prepared.forecast
     lines = [f"method  {plan.method}", "models"]
-    lines.append(table([[_role(i, prepared), m.published, _place(m)] for i, m in enumerate(plan.models)]))
+    lines.append(
+        table(
+            [[_role(i, prepared), m.published, _place(m)] for i, m in enumerate(plan.models)]
+            + models_of_steps(prepared)
+        )
+    )
     rows = []
     for name, entries in groups(plan):
         first = entries[0]
@@ -128,6 +144,7 @@ def _text(prepared: Prepared) -> str:
         f"reads {size_text(forecast.bytes_read)}, writes {size_text(forecast.bytes_written)}, "
         f"at most about {size_text(forecast.memory)} of memory with {forecast.workers} threads{where}"
     )
+    lines += of_steps(prepared)
     lines += [f"note: {note}" for note in plan.notes]
     lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join(lines)

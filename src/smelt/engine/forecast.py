@@ -56,21 +56,25 @@ def forecast(
     tile: int | None = None,
     device: str = CPU,
     steps: Mapping[str, Plan] | None = None,
+    kept: Mapping[str, bool] | None = None,
 ) -> Forecast:
-    """Predict a run with these settings; `steps` has the plans of the merges that are read as models, by name."""
+    """Predict a run with these settings; `steps` has the plans of the merges that are read as models, by name.
+
+    `kept` names those of them that are read from where they are written, and whether they are there already.
+    """
     workers = workers or default_workers(device)
     tile = tile or default_tile(device)
     read = 0
     counts: dict[str, int] = {}
-    stored = worked = largest = kept = 0
+    stored = worked = largest = held = 0
     for entry in plan.entries:
         count = counts[entry.name] = passes(entry)
         fits = entry.input_bytes <= KEEP_BYTES
-        kept += entry.input_bytes if count > 1 and fits else 0
+        held += entry.input_bytes if count > 1 and fits else 0
         read += entry.input_bytes * (1 if fits else count)
         buffers, tiles = _worker_bytes(entry, tile)
         stored, worked, largest = max(stored, buffers), max(worked, tiles), max(largest, buffers + tiles)
-    memory = INTERPRETER + PER_ENTRY * len(plan.entries) + min(kept, KEEP_BYTES)
+    memory = INTERPRETER + PER_ENTRY * len(plan.entries) + min(held, KEEP_BYTES)
     found = Forecast(read, plan.output_bytes, counts, memory, workers)
     if device != CPU:  # stored bytes of a task are on the host, those of a tile on the device as well
         memory += TORCH + workers * stored
@@ -78,18 +82,21 @@ def forecast(
     else:
         memory += workers * largest + (COMPILER if worth_kernels(plan) else 0)
         found = replace(found, memory=memory)
-    return _nested(found, plan, steps, tile) if steps else found
+    return _nested(found, plan, steps, kept or {}, tile) if steps else found
 
 
-def _nested(found: Forecast, plan: Plan, steps: Mapping[str, Plan], tile: int) -> Forecast:
+def _nested(found: Forecast, plan: Plan, steps: Mapping[str, Plan], kept: Mapping[str, bool], tile: int) -> Forecast:
     """The forecast of the output's own plan, and what the merges within it add."""
     alone = {name: forecast(step, workers=1, tile=tile) for name, step in steps.items()}
-    every = sum(_stored_bytes(entry, plan, steps) for entry in plan.entries)
+    computed = {name: step for name, step in steps.items() if name not in kept}
+    written = [steps[name] for name, there in kept.items() if not there]
+    every = sum(_stored_bytes(entry, one, computed) for one in (plan, *written) for entry in one.entries)
     fixed = INTERPRETER + (TORCH if found.device != CPU else 0)
     shared = sum(len(step.models) for step in (plan, *steps.values())) * 2 * max(4 * tile, 1 << 20)
     return replace(
         found,
         bytes_read=every,
+        bytes_written=found.bytes_written + sum(step.output_bytes for step in written),
         memory=found.memory
         + found.workers * (sum(max(one.memory - fixed, 0) for one in alone.values()) + shared)
         + (KEEP_BYTES if any(count > 1 for one in alone.values() for count in one.passes.values()) else 0),
