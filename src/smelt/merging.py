@@ -17,7 +17,7 @@ from smelt import keeping
 from smelt.engine.backends import CPU, Backend, check_name, choose
 from smelt.engine.copying import Known
 from smelt.engine.forecast import Forecast, forecast
-from smelt.engine.nesting import Step, open_steps, stored_models, with_steps
+from smelt.engine.nesting import Step, further_models, open_steps, with_steps
 from smelt.engine.run import RunResult, check_equal, run
 from smelt.errors import InputError, NumericError, RecipeError, SmeltError, StorageError, raise_all
 from smelt.keeping import Kept
@@ -376,7 +376,7 @@ def _carry_out(
     """Run a plan and write what it gives, whole or not at all."""
     plan, models = prepared.plan, prepared.models
     sources = [model.source for model in models]
-    stored = stored_models(models, prepared.steps)
+    stored = [*models, *further_models(models, prepared.steps)]
     claims = claims or {}
     with Build.start(out, shards, overwrite=overwrite) as folder:
         try:
@@ -396,8 +396,8 @@ def _carry_out(
                 model.source.close()  # where descriptors ran out, removing the build needs some of theirs
             raise
         hashes = {
-            (model.name, info.name): known
-            for model in stored
+            (index, info.name): known
+            for index, model in enumerate(stored)
             for info in model.source.files
             if (known := info.blob_sha256 or (_sha256(info.path) if hash_inputs else None))
         }
@@ -526,7 +526,7 @@ def _write_papers(
     prepared: Prepared,
     done: RunResult,
     papers: Mapping[str, bytes],
-    hashes: Mapping[tuple[str, str], str],
+    hashes: Mapping[tuple[int, str], str],
     claims: Mapping[str, Claim],
     *,
     device: Mapping[str, str] | None,
@@ -535,14 +535,16 @@ def _write_papers(
     for file, content in papers.items():
         folder.put(file, content)
     plan = prepared.plan
+    further = further_models(prepared.models, prepared.steps)
     folder.put(
         RECORD,
         record(
             replace(plan, notes=_published(plan.notes, prepared), warnings=_published(plan.warnings, prepared)),
             folder.layout,
             recipe=canonical(prepared.recipe, rename=published_names(prepared)),
-            inputs={m.planned: m.source.files for m in stored_models(prepared.models, prepared.steps)},
+            inputs=[model.source.files for model in (*prepared.models, *further)],
             merges={step.name: step.plan for step in prepared.steps},
+            further=[model.planned for model in further],
             hashes=hashes,
             tensors={result.name: result.digest for result in done.tensors},
             nonfinite={r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created},

@@ -1,4 +1,4 @@
-"""Recipes of recipes: one run gives what step after step gives, and reads what is distinct once; kept merges; errors."""
+"""Recipes of recipes: one run gives what step after step gives, and reads what is distinct once; keeping; errors."""
 
 from __future__ import annotations
 

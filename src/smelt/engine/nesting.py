@@ -90,7 +90,8 @@ def with_steps(plan: Plan, recipe: Recipe, steps: Sequence[Step]) -> Plan:
     return replace(plan, notes=(*plan.notes, *notes), warnings=(*unused(recipe), *plan.warnings, *warnings))
 
 
-def stored_models(models: Sequence[Model], steps: Sequence[Step]) -> list[Model]:
-    """The models that are read, each once: those of the output first, then those that only merges within it use."""
-    every = [*models, *(model for step in steps for model in step.models)]
-    return list({id(model): model for model in every if not model.planned.merged}.values())
+def further_models(models: Sequence[Model], steps: Sequence[Step]) -> list[Model]:
+    """The stored models that only merges within a recipe use, and not the output itself; each once."""
+    known = {id(model) for model in models}
+    found = {id(model): model for step in steps for model in step.models if not model.planned.merged}
+    return [model for key, model in found.items() if key not in known]

@@ -30,8 +30,8 @@ def record(
     layout: Layout,
     *,
     recipe: Mapping[str, Any],
-    inputs: Mapping[PlannedModel, Sequence[FileInfo]],
-    hashes: Mapping[tuple[str, str], str],
+    inputs: Sequence[Sequence[FileInfo]],
+    hashes: Mapping[tuple[int, str], str],
     tensors: Mapping[str, str],
     nonfinite: Mapping[str, int],
     companions: Mapping[str, str],
@@ -39,17 +39,17 @@ def record(
     trusted: Collection[str] = (),
     device: Mapping[str, str] | None = None,
     merges: Mapping[str, Plan] | None = None,
+    further: Sequence[PlannedModel] = (),
 ) -> bytes:
     """The record as JSON.
 
-    `inputs` gives the weight files of each stored model, `hashes` the sha256 of a (model, file) where it is known,
-    `merges` the plans of the merges within the recipe, `tensors` the
+    `inputs` gives each model's weight files, `hashes` the sha256 of a (model, file) where it is known, `tensors` the
     digest of each output tensor, `nonfinite` how many of its numbers are NaN or infinite, `companions` the sha256 of
     each small file, `method_files` that of each method file which the recipe names. Digests and counts of tensors in
     `trusted` were taken over from the record of the model that they were copied from. `device` is what the numbers were
-    worked out on, if it was not the CPU.
+    worked out on, if it was not the CPU. `merges` are the plans of the merges within the recipe, and `further` the
+    models that only they use; in `inputs` and `hashes` these follow the plan's own.
     """
-    base = None if plan.base is None else plan.models[plan.base]
     tree: dict[str, Any] = {
         "format": FORMAT,
         "smelt": __version__,
@@ -60,19 +60,20 @@ def record(
         "inputs": [
             {
                 "model": model.published,
-                "role": "base" if model == base else "model",
+                "role": "base" if index == plan.base else "model",
                 "commit": model.commit,
                 "files": [
                     {
                         "name": info.name,
                         "size": info.size,
                         "header": info.header_digest,
-                        "sha256": hashes.get((model.published, info.name)),
+                        "sha256": hashes.get((index, info.name)),
                     }
-                    for info in infos
+                    for info in inputs[index]
                 ],
             }
-            for model, infos in inputs.items()
+            for index, model in enumerate([*plan.models, *further])
+            if not model.merged
         ],
         **({"merges": {name: _made_within(step) for name, step in merges.items()}} if merges else {}),
         "donor": plan.models[plan.donor].published,
