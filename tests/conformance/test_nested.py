@@ -126,6 +126,18 @@ def test_all_workers_help_with_the_reductions_of_a_large_tensor(inner: str) -> N
         nested.run(workers=workers, keep_bytes=keep, tile=BLOCK)
 
 
+def test_wide_pieces_are_made_once() -> None:
+    """Slabs of 200 003 numbers, asked for in parts: each is computed once, not once for each part."""
+    values = {"weight": (0.7, 0.6), "nuslerp_row_wise": True}
+    nested = Nested("nuslerp", values, "linear", OUTERS["linear"], shape=(3, 200_003))
+    _, models, base = nested.inner
+    stored = [*models, *nested.outer[1][1:], *([] if base is None else [base])]
+    for cut in CUTS:
+        again = 2 if cut.get("keep_bytes") == 0 else 1
+        done = nested.run(**cut)
+        assert done.bytes_read <= again * sum(tensor.nbytes for tensor in stored)
+
+
 def test_a_new_infinity_of_the_merge_within_is_told_of_it() -> None:
     huge = np.full(SHAPE, 3e38, dtype=np.float32)
     plan, sources = plan_of("linear", [{"w": huge}] * 2, None, values={"weight": 1.0, "normalize": False}, out=F32)

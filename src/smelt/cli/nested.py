@@ -10,6 +10,7 @@ from smelt.engine.forecast import passes
 from smelt.engine.nesting import Step
 from smelt.keeping import Kept
 from smelt.merging import Prepared
+from smelt.planning.entries import Entry, Plan
 
 
 def models_of_steps(prepared: Prepared) -> list[list[str]]:
@@ -60,6 +61,22 @@ def _where(step: Step, prepared: Prepared) -> str:
         return "computed where it is needed"
     kept = prepared.kept[step.name]
     return f"kept, read from {kept.folder}" if kept.there else f"made, and kept in {kept.folder}"
+
+
+def within(entry: Entry, prepared: Prepared) -> list[tuple[str, Entry, Plan]]:
+    """The tensors of merges within the recipe that a tensor is made of, nearest first, each with its merge."""
+    steps = {step.name: step.plan for step in prepared.steps}
+    found: dict[tuple[str, str], tuple[str, Entry, Plan]] = {}
+    left = [(entry, prepared.plan)]
+    while left:
+        one, plan = left.pop(0)
+        for source in one.sources:
+            name, tensor = plan.models[source.model].published, source.tensor.name
+            if name in steps and (name, tensor) not in found:
+                inner = next(other for other in steps[name].entries if other.name == tensor)
+                found[name, tensor] = (name, inner, steps[name])
+                left.append((inner, steps[name]))
+    return list(found.values())
 
 
 def steps_json(prepared: Prepared) -> list[dict[str, Any]]:

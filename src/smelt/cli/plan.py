@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from smelt.cli.nested import models_of_steps, of_steps, steps_json
+from smelt.cli.nested import models_of_steps, of_steps, steps_json, within
 from smelt.cli.options import Allow, Flag, Json, Seed
 from smelt.cli.show import count_text, counted, on_device, size_text, table, visible
 from smelt.engine.backends import CPU
@@ -111,7 +111,11 @@ def _explained(prepared: Prepared, wanted: str, *, as_json: bool = False) -> str
         )
     if as_json:
         return json.dumps([explanation_json(entry, prepared.plan) for entry in entries], indent=1)
-    return "\n\n".join(explanation(entry, prepared.plan) for entry in entries)
+    parts = []
+    for entry in entries:
+        parts.append(explanation(entry, prepared.plan))
+        parts += [f"in the merge {name}: {explanation(one, plan)}" for name, one, plan in within(entry, prepared)]
+    return "\n\n".join(parts)
 
 
 def _text(prepared: Prepared) -> str:

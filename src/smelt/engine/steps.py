@@ -24,7 +24,7 @@ from smelt.engine.tiles import Scratch
 from smelt.planning.entries import Action, Entry, Plan
 from smelt.specs import TensorSpec
 from smelt.storage.checkpoint import FileInfo, TensorSource, check_range, decode_json, decode_text
-from smelt.storage.files import Buffer, flat
+from smelt.storage.files import Buffer
 from smelt.storage.layout import METADATA
 
 _PIECE = 1 << 20
@@ -166,8 +166,8 @@ class StepSource:
         return sorted(self._documents)
 
     def changed(self) -> list[str]:
-        """Nothing: the models that it is made of are asked themselves."""
-        return []
+        """The weight files of what it was written to that are no longer what they were; inputs are asked themselves."""
+        return [] if self._written is None else self._written.changed()
 
     def close(self) -> None:
         """Nothing is open."""
@@ -186,7 +186,10 @@ class _Made:
         self._size = entry.dtype.bits // 8
         self._unit = max(self._run.geometry.width, 1)
         """Elements between two places where the grain allows a cut; the whole tensor where there is no other."""
-        self._whole: Any = None
+        self._wide = self._unit > max(settings.tile, 1)
+        """Whether such a piece is more than is mostly asked for at once: then the last ones are remembered."""
+        self._pieces: OrderedDict[int, Any] = OrderedDict()
+        self._most = settings.workers + 1
         self._one_at_a_time = threading.Lock()
         self._changed = threading.Condition()
         self._begun = self._ready = False
@@ -198,12 +201,15 @@ class _Made:
         """Fill `buffer` with bytes [start, stop) of the result."""
         with self._workshop.deeper() as scratch:
             self._reduce(scratch)
-            if self._unit == self._run.entry.size:
-                flat(buffer)[:] = memoryview(self._in_one_piece(scratch))[start:stop]
-                return
             step = self._unit * self._size
-            first, last = start // step * step, -(-stop // step) * step
             out: Any = np.frombuffer(buffer, dtype=np.uint8)
+            if self._wide:
+                for number in range(start // step, -(-stop // step)):
+                    low, high = max(start, number * step), min(stop, (number + 1) * step)
+                    piece = self._piece(number, scratch)
+                    out[low - start : high - start] = piece[low - number * step : high - number * step]
+                return
+            first, last = start // step * step, -(-stop // step) * step
             direct = (first, last) == (start, stop) and out.ctypes.data % self._size == 0
             made = out if direct else scratch.array("made", (last - first,), np.uint8)
             self._run.produce(first // self._size, last // self._size, made, scratch)
@@ -213,16 +219,18 @@ class _Made:
     def abandon(self) -> None:
         """Give back what is kept."""
         self._run.abandon()
-        self._whole = None
+        self._pieces.clear()
 
-    def _in_one_piece(self, scratch: Scratch) -> Any:
-        """The stored bytes of a tensor that cannot be cut, made once."""
+    def _piece(self, number: int, scratch: Scratch) -> Any:
+        """The stored bytes of a wide piece, made once while it is needed."""
         with self._one_at_a_time:
-            if self._whole is None:
-                whole = np.empty(self._run.entry.nbytes, dtype=np.uint8)
-                self._run.produce(0, self._run.entry.size, whole, scratch)
-                self._whole = whole
-            return self._whole
+            if number not in self._pieces:
+                piece = np.empty(self._unit * self._size, dtype=np.uint8)
+                self._run.produce(number * self._unit, (number + 1) * self._unit, piece, scratch)
+                self._pieces[number] = piece
+                if len(self._pieces) > self._most:
+                    self._pieces.popitem(last=False)
+            return self._pieces[number]
 
     def _reduce(self, scratch: Scratch) -> None:
         """Come back when the reductions are done; until then take what is left of them."""
