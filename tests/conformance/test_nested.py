@@ -19,20 +19,21 @@ from smelt.methods import api
 pytestmark = pytest.mark.filterwarnings("error")
 
 BLOCK = 65536
-SHAPE = (311, 517)
-"""Three blocks and a part of one, in rows of odd length."""
+SHAPE = (311, 521)
+"""Two blocks and a part of one; rows are odd in length, and an odd number of them makes a block."""
 CUTS: list[dict[str, Any]] = [
     {"tile": BLOCK, "workers": 1},
     {"tile": BLOCK, "workers": 4, "keep_bytes": 0},
     {"tile": 1 << 20, "workers": 2},
 ]
-OUTERS = {
-    "linear": {"weight": (0.7, 0.6)},
-    "slerp": {"t": 0.3},
-    "nuslerp": {"weight": (0.7, 0.6), "nuslerp_row_wise": True},
-    "ties": {"weight": (0.7, 0.6), "density": (0.5, 0.9)},
+OUTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "elements": ("linear", {"weight": (0.7, 0.6)}),
+    "elements after a reduction": ("slerp", {"t": 0.3}),
+    "rows": ("nuslerp", {"weight": (0.7, 0.6), "nuslerp_flatten": False}),
+    "slabs": ("nuslerp", {"weight": (0.7, 0.6), "nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    "a cut first": ("ties", {"weight": (0.7, 0.6), "density": (0.5, 0.9)}),
 }
-"""Cut between any elements; in rows; in slabs; with a cut to be found first."""
+"""How the outer method cuts tensors."""
 
 
 def several_models(info: api.MethodInfo) -> tuple[int, bool]:
@@ -51,16 +52,17 @@ class Nested:
         *,
         shape: tuple[int, ...] = SHAPE,
         between: np.dtype = F32,
+        types: str = "mixed",
     ) -> None:
         n, with_base = several_models(api.get(inner))
         rng = np.random.default_rng(11)
-        models, base = tensors(shape, rng, n, TYPES["mixed"])
+        models, base = tensors(shape, rng, n, TYPES[types])
         self.inner = (inner, models, base if with_base else None)
         self.between = between
         self.inner_values = inner_values
         written = merge(*self.inner, values=inner_values, out=between, seed=3)
         count, outer_base = several_models(api.get(outer))
-        others, origin = tensors(shape, rng, count, TYPES["mixed"])
+        others, origin = tensors(shape, rng, count, TYPES["mixed" if types == "mixed" else "float32"])
         self.outer = (outer, [written.values, *others[1:]], origin if outer_base else None)
         self.outer_values = outer_values
         self.expected = merge(*self.outer, values=outer_values, out=BF16, seed=3)
@@ -89,7 +91,7 @@ def test_every_method_may_stand_inside(method: str) -> None:
     info = api.get(method)
     n, _ = several_models(info)
     for values in busy_settings(info, n).values():
-        for outer, numbers in OUTERS.items():
+        for outer, numbers in OUTERS.values():
             nested = Nested(method, values, outer, numbers)
             for cut in CUTS:
                 nested.run(**cut)
@@ -109,11 +111,16 @@ def test_every_method_may_stand_outside(method: str) -> None:
 
 @pytest.mark.parametrize("method", NAMES)
 def test_kernels_do_not_show(method: str) -> None:
+    """They take inputs of one type, begin at whole blocks, and remember by block what was drawn."""
     info = api.get(method)
     n, _ = several_models(info)
-    for values in (plain(info, n), settings(info, np.random.default_rng(5), n)):
-        for outer in ("linear", "slerp"):
-            Nested(method, values, outer, OUTERS[outer]).run(kernels=True, tile=BLOCK, workers=2)
+    drawn = settings(info, np.random.default_rng(5), n)
+    half = plain(info, n) | {name: (0.5, 0.4)[:n] for name in ("density",) if name in info.fields}
+    for values in (drawn, half):
+        for outer in ("elements", "rows"):
+            for types in ("bfloat16", "float32"):
+                nested = Nested(method, values, *OUTERS[outer], types=types)
+                nested.run(kernels=True, tile=BLOCK, workers=2)
 
 
 @pytest.mark.parametrize("inner", ["linear", "ties", "dare_ties", "della", "model_stock", "slerp"])
@@ -121,15 +128,14 @@ def test_all_workers_help_with_the_reductions_of_a_large_tensor(inner: str) -> N
     info = api.get(inner)
     n, _ = several_models(info)
     values = plain(info, n) | {name: 0.4 for name in ("density",) if name in info.fields}
-    nested = Nested(inner, values, "ties", OUTERS["ties"], shape=(1201, 1303))
+    nested = Nested(inner, values, *OUTERS["a cut first"], shape=(1201, 1303))
     for workers, keep in ((1, 0), (5, 0), (5, engine.KEEP_BYTES)):
         nested.run(workers=workers, keep_bytes=keep, tile=BLOCK)
 
 
 def test_wide_pieces_are_made_once() -> None:
     """Slabs of 200 003 numbers, asked for in parts: each is computed once, not once for each part."""
-    values = {"weight": (0.7, 0.6), "nuslerp_row_wise": True}
-    nested = Nested("nuslerp", values, "linear", OUTERS["linear"], shape=(3, 200_003))
+    nested = Nested(*OUTERS["slabs"], *OUTERS["elements"], shape=(3, 200_003))
     _, models, base = nested.inner
     stored = [*models, *nested.outer[1][1:], *([] if base is None else [base])]
     for cut in CUTS:
