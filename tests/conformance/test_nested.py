@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 from unittest import mock
 
@@ -164,3 +165,30 @@ def test_parts_of_a_step_may_be_read_without_a_run() -> None:
         buffer = bytearray(stop - start)
         step.read_into(step.tensors["w"], start, stop, buffer)
         assert bytes(buffer) == whole[start:stop]
+
+
+def test_a_run_that_is_stopped_leaves_no_thread_behind() -> None:
+    """Workers stop between the tasks of a reduction within, not after all of it; the merge may be run again."""
+    nested = Nested("ties", {"weight": (0.7, 0.6), "density": 0.5}, *OUTERS["a cut first"], shape=(1201, 1303))
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        nested.run(workers=4, tile=BLOCK, keep_bytes=0, progress=interrupt)
+    assert threading.active_count() == before
+    nested.run(workers=4, tile=BLOCK)
+
+
+def test_a_failure_within_reaches_every_worker() -> None:
+    """One reads a source that fails; the others, who wait for its reductions, end with the same error."""
+    rng = np.random.default_rng(2)
+    models, base = tensors((1201, 1303), rng, 2, TYPES["mixed"])
+    values = {"weight": 0.5, "density": 0.5}
+    plan, sources = plan_of("ties", [{"w": m} for m in models], {"w": base}, values=values, out=F32)
+    step = StepSource("step", plan, sources, documents={})
+    outer, _ = plan_of("linear", [{"w": models[0].astype(F32)}], None, values={"weight": 1.0}, out=F32)
+    failing = mock.patch.object(sources[1], "read_into", side_effect=OSError("no more"))
+    with failing, pytest.raises(OSError, match="no more"):
+        engine.run(outer, [step], Memory(outer.entries), workers=4, tile=BLOCK)

@@ -10,6 +10,7 @@ from smelt.engine.backends import CPU, default_tile, default_workers
 from smelt.engine.copying import PIECE
 from smelt.engine.reducing import bind, schedule
 from smelt.engine.run import KEEP_BYTES, worth_kernels
+from smelt.engine.steps import remembered_bytes
 from smelt.engine.tiles import Geometry
 from smelt.planning.entries import Action, Entry, Plan
 
@@ -87,22 +88,32 @@ def forecast(
 
 def _nested(found: Forecast, plan: Plan, steps: Mapping[str, Plan], kept: Mapping[str, bool], tile: int) -> Forecast:
     """The forecast of the output's own plan, and what the merges within it add."""
-    alone = {name: forecast(step, workers=1, tile=tile) for name, step in steps.items()}
     computed = {name: step for name, step in steps.items() if name not in kept}
     written = [steps[name] for name, there in kept.items() if not there]
     every = sum(_stored_bytes(entry, one, computed) for one in (plan, *written) for entry in one.entries)
-    fixed = INTERPRETER + (TORCH if found.device != CPU else 0)
-    shared = sum(len(step.models) for step in (plan, *steps.values())) * 2 * max(4 * tile, 1 << 20)
+    apart = [forecast(step, workers=1, tile=tile) for step in steps.values()]
+    entries = [entry for step in steps.values() for entry in step.entries]
+    levels = _levels(plan, steps) * max((sum(_worker_bytes(entry, tile)) for entry in entries), default=0)
+    uses = Counter(model.published for one in (plan, *steps.values()) for model in one.models)
+    shared = sum(count > 1 for count in uses.values()) * remembered_bytes(tile)
+    lasting = KEEP_BYTES if any(count > 1 for one in apart for count in one.passes.values()) else 0
+    compiler = COMPILER if found.device == CPU and not worth_kernels(plan) else 0
     return replace(
         found,
         bytes_read=every,
         bytes_written=found.bytes_written + sum(step.output_bytes for step in written),
-        memory=found.memory
-        + found.workers * (sum(max(one.memory - fixed, 0) for one in alone.values()) + shared)
-        + (KEEP_BYTES if any(count > 1 for one in alone.values() for count in one.passes.values()) else 0),
-        apart_read=found.bytes_read + sum(one.bytes_read for one in alone.values()),
-        apart_written=found.bytes_written + sum(one.bytes_written for one in alone.values()),
+        memory=found.memory + PER_ENTRY * len(entries) + found.workers * (levels + shared) + lasting + compiler,
+        apart_read=found.bytes_read + sum(one.bytes_read for one in apart),
+        apart_written=found.bytes_written + sum(one.bytes_written for one in apart),
     )
+
+
+def _levels(plan: Plan, steps: Mapping[str, Plan]) -> int:
+    """How many merges stand in the longest chain within the output; `steps` has each after what it is made of."""
+    level: dict[str, int] = {}
+    for name, step in steps.items():
+        level[name] = 1 + max((level.get(model.published, 0) for model in step.models), default=0)
+    return max((level.get(model.published, 0) for model in plan.models), default=0)
 
 
 _Tensor = tuple[str, str]
@@ -118,13 +129,16 @@ def _stored_bytes(entry: Entry, plan: Plan, steps: Mapping[str, Plan]) -> int:
     sizes: dict[_Tensor, int] = {}
     entries = {(name, one.name): one for name, step in steps.items() for one in step.entries}
     seen: dict[_Tensor, set[_Tensor]] = {}
+    room = KEEP_BYTES
 
     def reads(one: Entry, of: Plan, times: int) -> tuple[Counter[_Tensor], set[_Tensor]]:
         """What is read for itself, how often; and what is read together with others, `times` times."""
+        nonlocal room
         own: Counter[_Tensor] = Counter()
         together: set[_Tensor] = set()
         rounds = passes(one) - 1
-        keeps = rounds > 0 and one.input_bytes <= KEEP_BYTES
+        keeps = rounds > 0 and one.input_bytes <= room  # the outermost ask first
+        room -= one.input_bytes if keeps else 0
         more = 1 if keeps else rounds + times
         for source in one.sources:
             key = (of.models[source.model].published, source.tensor.name)

@@ -303,7 +303,7 @@ class Workshop:
             id(source) for group in (sources, *(step.sources for step in self._steps)) for source in {*group}
         )
         self._shared = {key for key, count in uses.items() if count > 1}
-        self._limit = 2 * len(self._shared) * max(4 * settings.tile, _PIECE)
+        self._limit = len(self._shared) * remembered_bytes(settings.tile)
         self._local = threading.local()
         self._benches: list[_Bench] = []
         self._lock = threading.Lock()
@@ -412,6 +412,11 @@ class _Reader:
             bench.read += stop - start
         if self._shared and stop > start:
             self._workshop.remember(bench, key, buffer)
+
+
+def remembered_bytes(tile: int) -> int:
+    """What a thread may remember of each source that several merges use: two tiles, or pieces of a copy."""
+    return 2 * max(4 * tile, _PIECE)
 
 
 def steps_among(sources: Iterable[TensorSource]) -> list[StepSource]:
