@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint sweep mutants fuzz bench curves clean
+.PHONY: demo test lint sweep faults kills mutants fuzz bench curves clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,14 @@ lint: $(VENV)/.test
 # The kernels once more with every index checked.
 sweep: $(VENV)/.test
 	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(VENV)/checked $(BIN)/pytest -n 2 tests/conformance/test_kernels.py
+
+# Every file operation of a merge fails once; strace injects errors; mounts are full or read-only.
+faults: $(VENV)/.test
+	SMELT_TEST_STRIDE=1 $(BIN)/pytest -s -rs tests/e2e/test_faults.py tests/faults/system.py
+
+# SIGKILL at every file operation and at random times, and resume: some minutes.
+kills: $(VENV)/.test
+	$(BIN)/pytest -s tests/faults/kills.py
 
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutation/mutants.py

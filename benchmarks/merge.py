@@ -97,7 +97,7 @@ def run(rows: Sequence[str], options: Options, parent: Path) -> None:
     count = max((recipes.TABLE[name] for name in large), default=0)
     one = size_bytes(options.size)
     needed = (count + 1 if count else 0) * one + 4 * size_bytes(small)
-    with workplace(parent, needed=needed, memory=5 * one if options.peer else 0) as folder:
+    with workplace(parent, needed=needed, memory=int(4.6 * one) if options.peer else 0) as folder:
         print(machine())
         warm = make(small, folder / "small", 3)
         for name in large:  # compiles and caches the kernels, which is done once on a machine

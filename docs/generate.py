@@ -82,6 +82,57 @@ rounded once to float32 and then to the output's type.
 """
 
 
+_METHODS_END = """
+## Methods on singular directions
+
+iso_c, iso_cts, tsv and wudi see a matrix whole and decompose it. That costs memory (the matrix of every model in
+float32, and several copies in float64) and time: an SVD of m × n takes about 6 M r² + 20 r³ operations, r = min(m,
+n), M = max(m, n). `smelt plan` says for each matrix how many operations its method needs, about how many seconds they
+take on one core, and how many bytes, and at its end what all of them come to. Embeddings and heads are matrices too,
+and the largest; their rows are tokens, and not what the papers speak of. `decompose` leaves them to the mean:
+
+```yaml
+merge_method: tsv
+base_model: models/llama-base
+models:
+  - model: models/llama-ft1
+  - model: models/llama-ft2
+parameters:
+  decompose:
+    - filter: embed_tokens
+      value: false
+    - filter: lm_head
+      value: false
+    - value: true
+```
+
+All cores are used by working on several matrices at once, each in one thread: more threads within one would change
+the last bits of the result. With NumPy's own wheels smelt holds their OpenBLAS at one thread while such a method
+runs, so the result is the same whatever the threads. With another BLAS set its variable to 1 (`OMP_NUM_THREADS`,
+`MKL_NUM_THREADS`); otherwise the same bits are promised only for the same number of its threads.
+
+`randomized: true` finds the leading k directions (of `rank`, shared out as the method says) by the randomised SVD of
+Halko, Martinsson & Tropp 2011 ([arXiv:0909.4061](https://arxiv.org/abs/0909.4061), Algorithms 4.4 and 5.1) with k +
+`oversampling` Gaussian vectors and `power` iterations. It is taken where 2 (k + `oversampling`) < min(m, n);
+elsewhere the exact SVD costs no more. With p = `oversampling`, s = 2 `power` + 1 and A's singular values σ, the mean
+error in the spectral norm of what it looks at keeps to their Theorem 10.6 and Corollary 10.10:
+
+```text
+E ‖A − Q Qᵀ A‖ ≤ ((1 + √(k / (p − 1))) σ_(k+1)^s + e √(k + p) / p · (Σ_(j>k) σ_j^(2s))^(1/2))^(1/s)
+```
+
+so that it is near σ_(k+1), the least possible, after a few iterations. The Gaussian vectors come from the seed, as
+all random numbers here.
+
+## Tensor, row or whole model
+
+Where a paper ranks or scales over the whole model (ties, localize, pcb, geometric_median), smelt does it in each
+tensor, or except for ties with `row_wise: true` in each row along the last dimension. One scale for the whole model
+is not offered. Methods that look at each entry by itself (task_arithmetic, consensus, expo, averages of checkpoints)
+are the same in any case.
+"""
+
+
 # --- pages made of declarations --------------------------------------------------------------------------------------
 
 
@@ -102,7 +153,7 @@ def methods_page() -> str:
     ]
     for info in infos:
         lines += ["", *_method_section(info)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + _METHODS_END
 
 
 def doc_sections(doc: str) -> dict[str, str]:

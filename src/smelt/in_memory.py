@@ -29,7 +29,9 @@ def merge_state_dicts(
     method: str,
     base: Mapping[str, Any] | None = None,
     dtype: str | None = None,
+    lines: Mapping[str, float] | None = None,
     allow: Iterable[str] = (),
+    missing: str = "error",
     seed: int = 0,
     workers: int | None = None,
     tile: int | None = None,
@@ -39,8 +41,10 @@ def merge_state_dicts(
     """Merge state dicts (name -> NumPy array or torch tensor) and return one of the same kind.
 
     `base` may be one of `models`. `parameters` are the method's settings; a per-model one takes a number, or a sequence
-    of one number per model. `lambda` is written `lambda_`. Random methods draw the same numbers as a merge of files
-    with the same seed does. `device` is where the method works, as in `smelt.merge`; the result is on the CPU.
+    of one number per model. `lambda` is written `lambda_`. `lines` is {"alpha": ..., "beta": ...}, as in a recipe.
+    Random methods draw the same numbers as a merge of files with the same seed does. `missing` (`error`, `skip`,
+    `copy`) says, as in a recipe, what becomes of tensors that not all models have. `device` is where the method works,
+    as in `smelt.merge`; the result is on the CPU.
 
     Raises RecipeError, InputError or NumericError.
 
@@ -61,7 +65,8 @@ def merge_state_dicts(
     base_name = next((name for name, model in given.items() if model is base), "base") if base is not None else None
     if base_name == "base" and base is not None:
         given["base"] = base
-    recipe = from_dict(_recipe(names, method, base_name, dtype, parameters) | {"allow": list(allow)})
+    beside = {"allow": list(allow), "missing": missing} | ({} if lines is None else {"lines": dict(lines)})
+    recipe = from_dict(_recipe(names, method, base_name, dtype, parameters) | beside)
     raise_all(check_parameters(recipe))
     opened = {name: _model(name, state) for name, state in given.items()}
     plan = build(recipe, opened, seed=seed)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,21 +15,21 @@ from typing import Any, get_args
 from smelt import keeping
 from smelt.engine.backends import CPU, Backend, check_name, choose
 from smelt.engine.copying import Known
-from smelt.engine.forecast import Forecast, forecast
+from smelt.engine.forecast import Within, forecast, within
 from smelt.engine.nesting import Step, further_models, open_steps, with_steps
-from smelt.engine.run import RunResult, check_equal, run
+from smelt.engine.run import check_equal, preload, run
+from smelt.engine.tensor import TensorResult
 from smelt.errors import InputError, NumericError, RecipeError, SmeltError, StorageError, raise_all
 from smelt.keeping import Kept
-from smelt.lineage.card import CARD, card
-from smelt.lineage.record import RECORD, file_digest, record
+from smelt.lineage.identity import identity
 from smelt.lineage.trusted import Claim, trusted
 from smelt.methods.loading import MethodFile, load_file
 from smelt.planning.build import build
 from smelt.planning.check import check
-from smelt.planning.companions import small_files
+from smelt.planning.companions import metadata, weight_stem
 from smelt.planning.entries import Plan
 from smelt.planning.locate import Model, clashes, local_folders, missing_folders, open_models
-from smelt.recipe.canonical import canonical, to_yaml
+from smelt.prepared import Prepared, papers_of, write_papers
 from smelt.recipe.check import check_parameters
 from smelt.recipe.nesting import mentions
 from smelt.recipe.parse import from_dict, load
@@ -38,10 +37,11 @@ from smelt.recipe.schema import Recipe, Relaxation
 from smelt.specs import TensorSpec
 from smelt.storage import files
 from smelt.storage.checkpoint import Checkpoint, TensorSource
+from smelt.storage.journal import Finished
 from smelt.storage.writer import Build, Layout, OutputTensor, check_out, layout
 
 SHARD_BYTES = 5_000_000_000
-"""Most bytes of tensors in one weight file, unless asked otherwise."""
+"""Most bytes of tensors in one weight file, unless asked otherwise, or the model is one file without a config."""
 ALLOWED = get_args(Relaxation)
 """What `allow` may relax."""
 
@@ -52,28 +52,10 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """A checked recipe with its models open and its plan: all that is known before a byte is written."""
-
-    recipe: Recipe
-    opened: Mapping[str, Model]
-    models: tuple[Model, ...]
-    tokenizer: Model
-    """The model that gives the tokenizer; it need not be one of those that are merged."""
-    plan: Plan
-    forecast: Forecast
-    method_files: Mapping[str, str]
-    """The sha256 of each method file that the recipe names."""
-    steps: tuple[Step, ...] = ()
-    """The merges that the output is made of, each after those that it is made of itself."""
-    kept: Mapping[str, Kept] = field(default_factory=dict)
-    """Those of them that are kept, and where."""
-
-
-@dataclass(frozen=True, slots=True)
 class MergeReport:
     """What a merge did. `seconds` is the whole call; of these, `engine_seconds` went into reading, working on and
-    writing tensors, and `commit_seconds` into making the output durable."""
+    writing tensors, and `commit_seconds` into making the output durable. `resumed` counts the tensors that an
+    interrupted run had written."""
 
     out: Path
     plan: Plan
@@ -86,6 +68,7 @@ class MergeReport:
     warnings: tuple[str, ...]
     trusted: tuple[str, ...] = ()
     """Tensors that were moved unread, with the digest that their model's record names."""
+    resumed: int = 0
     kept: Mapping[str, Kept] = field(default_factory=dict)
     """Merges within the recipe that are kept: where, and whether they were there before."""
 
@@ -100,6 +83,7 @@ def prepare(
     workers: int | None = None,
     tile: int | None = None,
     device: str = CPU,
+    memory: int | None = None,
     trust_methods: bool = False,
     trust_pickles: bool = False,
     weights: bool = True,
@@ -109,14 +93,15 @@ def prepare(
 ) -> Iterator[Prepared]:
     """Parse, open and plan; the models are closed when the context ends.
 
-    `recipe` is a path, a mapping or a Recipe. `strict` makes warnings errors. With `weights` false, no weights are
-    downloaded: the headers of a model on the hub are enough for a plan. Where the merge is to write into `out`,
-    an `out` that cannot be is told before any model is opened, with the models that are not there. In `keep_folder`
-    the merges are looked for that the recipe keeps: beside `out`, or in the working folder, unless it is given. Raises
-    RecipeError, InputError or StorageError with every problem that was found.
+    `recipe` is a path, a mapping or a Recipe. `strict` makes warnings errors. `memory` (bytes) cuts threads and buffers
+    until the predicted peak is below it. With `weights` false, no weights are downloaded: the headers of a model on the
+    hub are enough for a plan. Where the merge is to write into `out`, an `out` that cannot be is told before any model
+    is opened, with the models that are not there. In `keep_folder` the merges are looked for that the recipe keeps:
+    beside `out`, or in the working folder, unless it is given. Raises RecipeError, InputError or StorageError with
+    every problem that was found.
     """
     allowed = allowances(allow)
-    check_numbers(workers=workers, tile=tile)
+    check_numbers(workers=workers, tile=tile, memory=memory)
     check_name(device)
     beside = path = None
     if isinstance(recipe, str | Path):
@@ -154,15 +139,12 @@ def prepare(
         tokenizer = next(model for model in opened.values() if model.name == plan.tokenizer)
         place = keep_folder or (Path(os.path.realpath(out)).parent if out is not None else Path()) / keeping.FOLDER
         kept = keeping.look(steps, opened, place, allow=allowed, device=device, method_files=method_files)
-        predicted = forecast(
-            plan,
-            workers=workers,
-            tile=tile,
-            device=device,
-            steps={step.name: step.plan for step in steps},
-            kept={name: one.there for name, one in kept.items()},
-        )
-        yield Prepared(recipe, opened, models, tokenizer, plan, predicted, method_files, steps, kept)
+        within_it = Within({step.name: step.plan for step in steps}, {name: one.there for name, one in kept.items()})
+        if memory is None:
+            cost = forecast(plan, workers=workers, tile=tile, device=device, merges=within_it)
+        else:
+            cost = within(memory, plan, workers=workers, tile=tile, device=device, merges=within_it)
+        yield Prepared(recipe, opened, models, tokenizer, plan, cost, method_files, steps, kept)
 
 
 def allowances(allow: Iterable[str]) -> frozenset[str]:
@@ -180,7 +162,12 @@ def check_numbers(**numbers: int | None) -> None:
             raise RecipeError(f"{_SAID[name]} must be at least 1, not {number}", fix="leave it out for the default")
 
 
-_SAID = {"workers": "the number of threads", "tile": "the tile size", "shard_bytes": "the shard size"}
+_SAID = {
+    "workers": "the number of threads",
+    "tile": "the tile size",
+    "memory": "the memory",
+    "shard_bytes": "the shard size",
+}
 
 
 def _strictly(count: int) -> str:
@@ -231,13 +218,15 @@ def merge(
     out: str | Path,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     allow: Iterable[str] = (),
     strict: bool = False,
     seed: int = 0,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     workers: int | None = None,
     tile: int | None = None,
     device: str = CPU,
+    memory: int | None = None,
     hash_inputs: bool = False,
     trust_methods: bool = False,
     trust_digests: bool = False,
@@ -245,17 +234,21 @@ def merge(
     keep_folder: str | Path | None = None,
     progress: Progress | None = None,
     on_plan: Callable[[Prepared], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> MergeReport:
     """Merge models as a recipe says, into the folder `out`, which appears whole or not at all.
 
     `allow` relaxes checks by name (`extra_tensor`, `missing_tensor`, `nonfinite`, `vocabulary`); `strict` makes
     warnings errors; `seed` drives the random methods; `workers` (threads) and `tile` (elements) change the speed, never
-    the result; `device` is where methods work, `cpu` or with torch `cuda` (`cuda:1`), where numbers may differ in the
-    last place; `hash_inputs` records the sha256 of every input file; `trust_methods` lets the recipe load method files,
-    which are code; `trust_digests` copies tensors that stay as they are unread, with the digests that the `smelt.json`
-    of their model names; `trust_pickles` has torch read models that are stored as pickles, in a process apart;
-    `keep_folder` is where merges lie that the recipe keeps (`.smelt-kept` beside `out`). `progress` is called with
-    (bytes done, bytes in all), `on_plan` once before all writing.
+    the result, and so does `memory`, the most bytes the process may take; `device` is where methods work, `cpu` or with
+    torch `cuda` (`cuda:1`), where numbers may differ in the last place; `hash_inputs` records the sha256 of every input
+    file; `trust_methods` lets the recipe load method files, which are code; `trust_digests` copies tensors that stay as
+    they are unread, with the digests that the `smelt.json` of their model names; `trust_pickles` has torch read models
+    that are stored as pickles, in a process apart. `resume` goes on where an earlier run of this merge was cut off, and
+    leaves what is finished if it is interrupted itself. `shard_bytes` is the most bytes of tensors in one file; without
+    it 5 GB, but a state dict of one file stays one. `keep_folder` is where merges lie that the recipe keeps
+    (`.smelt-kept` beside `out`). `progress` is called with (bytes done, bytes in all), `on_plan`
+    once before anything is written, `on_note` with what is worth telling meanwhile.
 
     Raises RecipeError, InputError, StorageError or NumericError, after which `out` is what it was before.
     """
@@ -272,6 +265,7 @@ def merge(
             workers=workers,
             tile=tile,
             device=device,
+            memory=memory,
             trust_methods=trust_methods,
             trust_pickles=trust_pickles,
             out=out,
@@ -287,28 +281,30 @@ def merge(
         keeping.refuse_inside(out, prepared.kept)
         for place in prepared.kept.values():
             _refuse_overlap(place.folder, inputs)
-        shards = _layout(plan, shard_bytes)
+        shards = _layout(plan, _stored_donor(plan, models, prepared.steps), shard_bytes)
         check(plan, models, shards)
         sources = [model.source for model in models]
         for step in prepared.steps:
-            check(step.plan, step.models, _layout(step.plan, shard_bytes))
+            check(step.plan, step.models, _step_layout(step, prepared.steps, shard_bytes))
             check_equal(step.plan, step.source.sources)
         check_equal(plan, sources)
         claims, doubts = trusted(plan, sources) if trust_digests else ({}, [])
         if strict and doubts:
             raise RecipeError(_strictly(len(doubts)), where=doubts)
-        papers = _papers(prepared, name=Path(os.path.realpath(out)).name)
+        papers = papers_of(prepared, name=Path(os.path.realpath(out)).name)
         if on_plan is not None:
             on_plan(prepared)
-        carry_out = partial(
-            _carry_out,
-            workers=workers,
-            tile=tile,
+        if prepared.forecast.kernels and backend.kernels is None:
+            preload()
+        settings = _Settings(
             backend=backend,
             allowed=allowed,
             strict=strict,
+            shard_bytes=shard_bytes,
+            resume=resume,
             hash_inputs=hash_inputs,
             progress=progress,
+            on_note=on_note,
         )
         runs = []
         for step in prepared.steps:
@@ -326,10 +322,11 @@ def merge(
                     tokenizer=step.tokenizer,
                     steps=one.steps,
                 )
-                paper = _papers(alone, name=step.name)
-                runs.append(carry_out(alone, place.folder, _layout(step.plan, shard_bytes), paper, overwrite=True))
+                paper = papers_of(alone, name=step.name)
+                laid_out = _step_layout(step, prepared.steps, shard_bytes)
+                runs.append(_carry_out(alone, place.folder, laid_out, paper, settings=settings, overwrite=True))
             keeping.read_kept(step, place.folder, stack)
-        done = carry_out(prepared, out, shards, papers, overwrite=overwrite, claims=claims)
+        done = _carry_out(prepared, out, shards, papers, settings=settings, overwrite=overwrite, claims=claims)
         runs.append(done)
     return MergeReport(
         out=out,
@@ -342,8 +339,23 @@ def merge(
         nonfinite=done.nonfinite,
         warnings=(*plan.warnings, *doubts, *_nonfinite_warnings(done.nonfinite)),
         trusted=tuple(claims),
+        resumed=done.resumed,
         kept=prepared.kept,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What writing one checkpoint is told, that of the output as those of merges that are kept."""
+
+    backend: Backend
+    allowed: frozenset[str]
+    strict: bool
+    shard_bytes: int | None
+    resume: bool
+    hash_inputs: bool
+    progress: Progress | None
+    on_note: Callable[[str], None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +367,7 @@ class _Done:
     bytes_read: int
     bytes_written: int
     nonfinite: Mapping[str, int]
+    resumed: int
 
 
 def _carry_out(
@@ -363,33 +376,45 @@ def _carry_out(
     shards: Layout,
     papers: Mapping[str, bytes],
     *,
+    settings: _Settings,
     overwrite: bool,
-    workers: int | None,
-    tile: int | None,
-    backend: Backend,
-    allowed: Collection[str],
-    strict: bool,
-    hash_inputs: bool,
-    progress: Progress | None,
     claims: Mapping[str, Claim] | None = None,
 ) -> _Done:
     """Run a plan and write what it gives, whole or not at all."""
-    plan, models = prepared.plan, prepared.models
+    plan, models, cost = prepared.plan, prepared.models, prepared.forecast
     sources = [model.source for model in models]
     stored = [*models, *further_models(models, prepared.steps)]
     claims = claims or {}
-    with Build.start(out, shards, overwrite=overwrite) as folder:
+    allowed = settings.allowed | frozenset(prepared.recipe.allow)
+    head = identity(
+        plan,
+        shards,
+        inputs=[source.files for source in sources],
+        merges={step.name: (step.plan, [model.source.files for model in step.models]) for step in prepared.steps},
+        allow=allowed,
+        shard_bytes=settings.shard_bytes or SHARD_BYTES,
+        companions=papers,
+        method_files=prepared.method_files,
+    )
+    with Build.start(out, shards, overwrite=overwrite, head=head, resume=settings.resume) as folder:
+        if settings.on_note is not None:
+            for line in _begun(folder, len(plan.entries)):
+                settings.on_note(line)
         try:
             done = run(
                 plan,
                 sources,
                 folder,
-                workers=workers,
-                tile=tile,
-                allow_nonfinite="nonfinite" in allowed or "nonfinite" in prepared.recipe.allow,
-                backend=backend,
+                workers=cost.workers,
+                tile=cost.tile,
+                allow_nonfinite="nonfinite" in allowed,
+                backend=settings.backend,
                 known=_known(plan, sources, folder, claims),
-                progress=progress,
+                kernels=cost.kernels,
+                keep_bytes=cost.keep_bytes,
+                done={t.name: TensorResult(t.name, t.digest, t.inherited, t.created) for t in folder.resumed},
+                on_tensor=lambda t: folder.finished(Finished(t.name, t.digest, t.inherited, t.created)),
+                progress=settings.progress,
             )
         except BaseException:
             for model in stored:
@@ -399,21 +424,42 @@ def _carry_out(
             (index, info.name): known
             for index, model in enumerate(stored)
             for info in model.source.files
-            if (known := info.blob_sha256 or (_sha256(info.path) if hash_inputs else None))
+            if (known := info.blob_sha256 or (_sha256(info.path) if settings.hash_inputs else None))
         }
         _refuse_changed(prepared.opened.values())
         nonfinite = {r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created}
-        if strict and nonfinite:
+        if settings.strict and nonfinite:
             raise NumericError(_strictly(1), where=_nonfinite_warnings(nonfinite), fix=_REPAIR)
-        _write_papers(folder, prepared, done, papers, hashes, claims, device=backend.described())
+        device = settings.backend.described()
+        write_papers(folder, prepared, done.tensors, papers, hashes=hashes, claims=claims, device=device)
         committing = time.perf_counter()
         folder.commit()
         commit_seconds = time.perf_counter() - committing
-    return _Done(done.seconds, commit_seconds, done.bytes_read, shards.total_bytes, nonfinite)
+    written = shards.total_bytes
+    return _Done(done.seconds, commit_seconds, done.bytes_read, written, nonfinite, len(folder.resumed))
 
 
-def _layout(plan: Plan, shard_bytes: int) -> Layout:
-    return layout([OutputTensor(e.name, e.dtype, e.shape) for e in plan.entries], shard_bytes=shard_bytes)
+def _layout(plan: Plan, donor: Model, shard_bytes: int | None) -> Layout:
+    """Where the output's tensors lie: in files of 5 GB, but a state dict that was one file stays one."""
+    if shard_bytes is None:
+        state_dict = donor.config is None and len(donor.source.files) == 1
+        shard_bytes = max(plan.output_bytes, 1) if state_dict else SHARD_BYTES
+    tensors = [OutputTensor(entry.name, entry.dtype, entry.shape) for entry in plan.entries]
+    return layout(tensors, shard_bytes=shard_bytes, metadata=metadata(donor), stem=weight_stem(donor))
+
+
+def _step_layout(step: Step, steps: Sequence[Step], shard_bytes: int | None) -> Layout:
+    return _layout(step.plan, _stored_donor(step.plan, step.models, steps), shard_bytes)
+
+
+def _stored_donor(plan: Plan, models: Sequence[Model], steps: Sequence[Step]) -> Model:
+    """The model whose files the output is laid out like: a donor that is a merge of the recipe follows its own."""
+    by_name = {step.name: step for step in steps}
+    donor = models[plan.donor]
+    while donor.planned.merged:
+        step = by_name[donor.planned.published]
+        donor = step.models[step.plan.donor]
+    return donor
 
 
 def _known(plan: Plan, sources: Sequence[TensorSource], folder: Build, claims: Mapping[str, Claim]) -> dict[str, Known]:
@@ -431,6 +477,15 @@ def _known(plan: Plan, sources: Sequence[TensorSource], folder: Build, claims: M
 
 def _move(folder: Build, name: str, source: Checkpoint, tensor: TensorSpec, start: int, stop: int) -> None:
     folder.take(name, start, stop, source=source.file_of(tensor), offset=tensor.offset + start)
+
+
+def _begun(folder: Build, total: int) -> list[str]:
+    """What is worth telling of an earlier run's unfinished output."""
+    if folder.resumed:
+        return [f"resuming: {len(folder.resumed)} of {total} tensors were finished, and are as they were written"]
+    if folder.discarded:
+        return ["the unfinished output of an earlier run was removed"]
+    return []
 
 
 def _inputs(recipe: object, prepared: Prepared) -> list[Path]:
@@ -497,77 +552,6 @@ def _sha256(path: Path) -> str:
             file.read_into(start, piece)
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _papers(prepared: Prepared, *, name: str) -> dict[str, bytes]:
-    """Config, tokenizer, licence, card and recipe: all that stands beside the weights and does not depend on them.
-
-    They are read before anything is written: a tokenizer that cannot be read must not end a merge at its end.
-    """
-    plan, models = prepared.plan, prepared.models
-    papers = small_files(plan, models, prepared.tokenizer)
-    public = canonical(prepared.recipe, rename=published_names(prepared))
-    donor_card = models[plan.donor].source.bytes(CARD)
-    papers["mergekit_config.yml"] = to_yaml(public).encode()
-    name = name.encode("utf-8", "replace").decode()  # a file name need not be text
-    papers[CARD] = card(
-        plan,
-        name=name,
-        recipe=public,
-        donor_card=donor_card,
-        has_config="config.json" in papers,
-        steps={step.name: step.plan for step in prepared.steps},
-    )
-    return papers
-
-
-def _write_papers(
-    folder: Build,
-    prepared: Prepared,
-    done: RunResult,
-    papers: Mapping[str, bytes],
-    hashes: Mapping[tuple[int, str], str],
-    claims: Mapping[str, Claim],
-    *,
-    device: Mapping[str, str] | None,
-) -> None:
-    """The papers and the record, into the build folder."""
-    for file, content in papers.items():
-        folder.put(file, content)
-    plan = prepared.plan
-    further = further_models(prepared.models, prepared.steps)
-    folder.put(
-        RECORD,
-        record(
-            replace(plan, notes=_published(plan.notes, prepared), warnings=_published(plan.warnings, prepared)),
-            folder.layout,
-            recipe=canonical(prepared.recipe, rename=published_names(prepared)),
-            inputs=[model.source.files for model in (*prepared.models, *further)],
-            merges={step.name: step.plan for step in prepared.steps},
-            further=[model.planned for model in further],
-            hashes=hashes,
-            tensors={result.name: result.digest for result in done.tensors},
-            nonfinite={r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created},
-            companions={file: file_digest(content) for file, content in papers.items()},
-            method_files={published_names(prepared)[file]: sha for file, sha in prepared.method_files.items()},
-            trusted=claims,
-            device=device,
-        ),
-    )
-
-
-def published_names(prepared: Prepared) -> dict[str, str]:
-    """The recipe's names -> those under which the output's papers speak of models and files: no local path."""
-    names = {text: model.planned.published for text, model in prepared.opened.items()}
-    return names | {file: re.split(r"[/\\]", file)[-1] for file in prepared.method_files}
-
-
-def _published(texts: Sequence[str], prepared: Prepared) -> tuple[str, ...]:
-    """Notes and warnings without local paths: that of the recipe, and those by which it names models."""
-    names = {prepared.recipe.source: "recipe", **published_names(prepared)}
-    known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    pattern = re.compile(rf"(?<![\w./~\\-])(?:{known})(?![\w/\\-])")
-    return tuple(pattern.sub(lambda found: names[found[0]], text) for text in texts)
 
 
 def _nonfinite_warnings(nonfinite: Mapping[str, int]) -> list[str]:

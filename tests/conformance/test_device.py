@@ -31,7 +31,7 @@ from smelt.engine.backends.torch_tiles import TorchBackend  # noqa: E402
 from smelt.engine.rng import key  # noqa: E402
 from smelt.engine.rng import uniform as uniform_on_cpu  # noqa: E402
 from smelt.errors import NumericError, RecipeError, SmeltError  # noqa: E402
-from smelt.methods import api  # noqa: E402
+from smelt.methods import api, decomposition  # noqa: E402
 from smelt.methods.della import prune_by_rank  # noqa: E402
 from smelt.methods.reducers import Gram, Sum  # noqa: E402
 from smelt.methods.selection import KthLargest, KthLargest64  # noqa: E402
@@ -61,8 +61,11 @@ _ROUNDED = re.compile(
 
 
 def reason(info: api.MethodInfo) -> str | None:
-    """Why a method's results may differ by more than one step: the function in its file that says so."""
-    found = _ROUNDED.search(Path(inspect.getfile(info.type)).read_text(encoding="utf-8"))
+    """Why results may differ by more than one step: the function in its file, or in `decomposition`, that says so."""
+    text = Path(inspect.getfile(info.type)).read_text(encoding="utf-8")
+    if f"from {decomposition.__name__} import" in text:
+        text += Path(inspect.getfile(decomposition)).read_text(encoding="utf-8")
+    found = _ROUNDED.search(text)
     return None if found is None else f"{found[0]} is rounded as each library likes"
 
 

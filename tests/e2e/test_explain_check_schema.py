@@ -180,6 +180,9 @@ def expected_values(tree: dict[str, Any], entry: dict[str, Any], layers: int) ->
         if not field.per_model:
             found = reading(name, outer, entry["name"], t)
             values[name] = default if found is None else bool(found) if field.kind == "bool" else found
+            if name == "lambda" and "lines" in tree:
+                depth = float(entry["role"] in ("after", "head")) if entry["layer"] is None else t
+                values[name] *= tree["lines"]["alpha"] + tree["lines"]["beta"] * depth
             continue
         row = []
         for source in sources:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -48,15 +50,73 @@ def test_the_peak_is_below_the_plan(name: str, models: Path, tmp_path: Path) -> 
     (models / f"{name}.yml").write_text(RECIPES[name], encoding="utf-8")
     words = [sys.executable, "-m", "smelt", "plan", f"{name}.yml", "--json"]
     planned = json.loads(subprocess.run(words, cwd=models, capture_output=True, check=True).stdout)
-    # Asked of the process itself: what the system tells of a child counts the memory of who started it.
+    peak, _ = merged(models, f"{name}.yml", tmp_path / "out")
+    assert peak <= planned["forecast"]["memory"]
+    assert peak <= 500e6
+
+
+def merged(models: Path, recipe: str, out: Path, *more: str) -> tuple[int, dict[str, str]]:
+    """Merge in a process of its own; gives its resident peak and the digests of what it wrote.
+
+    The peak is asked of the process itself: what the system tells of a child counts the memory of who started it.
+    """
     code = f"""
 import re, sys
 from smelt.cli.main import run
-code = run(["merge", "{name}.yml", {str(tmp_path / "out")!r}, "--quiet"])
+code = run(["merge", {recipe!r}, {str(out)!r}, "--quiet", *{list(more)!r}])
 print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 sys.exit(code)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=models, capture_output=True, text=True, check=True)
-    peak = 1024 * int(done.stdout)
-    assert peak <= planned["forecast"]["memory"]
-    assert peak <= 500e6
+    tensors = json.loads((out / "smelt.json").read_text())["tensors"]
+    return 1024 * int(done.stdout), {name: row["digest"] for name, row in tensors.items()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the resident peak is read from /proc")
+@pytest.mark.parametrize(("name", "cap"), [("linear", 150), ("slerp", 340), ("ties", 340)])
+def test_a_cap_is_kept(name: str, cap: int, models: Path, tmp_path: Path) -> None:
+    """150 MB is below what the kernels need, 340 MB with them leaves hardly more than one thread's buffers."""
+    (models / f"{name}.yml").write_text(RECIPES[name], encoding="utf-8")
+    peak, digests = merged(models, f"{name}.yml", tmp_path / "out", "--memory", f"{cap}MB", "--threads", "8")
+    assert peak <= cap * 1e6
+    assert digests == merged(models, f"{name}.yml", tmp_path / "free")[1]
+
+
+def test_a_cap_that_is_too_small(models: Path, tmp_path: Path) -> None:
+    (models / "linear.yml").write_text(RECIPES["linear"], encoding="utf-8")
+    words = [sys.executable, "-m", "smelt", "merge", "linear.yml", str(tmp_path / "a" / "out")]
+    done = subprocess.run([*words, "--memory", "90MB"], cwd=models, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: the merge does not fit into 90 MB of memory" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    fix = re.search(r"fix: allow it more: --memory (\d+MB)", done.stderr)
+    assert fix is not None
+    planned = subprocess.run(
+        [sys.executable, "-m", "smelt", "plan", "linear.yml", "--memory", fix[1]], cwd=models, check=False
+    )
+    assert planned.returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
+@pytest.mark.parametrize("limit", [100, 220, 420, 520, 1000])
+def test_a_limit_of_the_address_space(limit: int, models: Path, tmp_path: Path) -> None:
+    """RLIMIT_AS in MB: the merge works, or says that memory lacks, and leaves nothing.
+
+    The compiler of the kernels, no code of smelt's, may abort the process instead: then there is no output either.
+    """
+    (models / "ties.yml").write_text(RECIPES["ties"], encoding="utf-8")
+
+    def lower() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (limit << 20, limit << 20))
+
+    words = [sys.executable, "-m", "smelt", "merge", "ties.yml", str(tmp_path / "out"), "--threads", "2"]
+    done = subprocess.run(words, cwd=models, preexec_fn=lower, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        assert (tmp_path / "out" / "smelt.json").exists()
+    elif done.returncode < 0:
+        assert not (tmp_path / "out").exists()
+    else:
+        assert list(tmp_path.iterdir()) == []
+        if "tensors, " in done.stderr:  # it had begun
+            assert "error: not enough memory" in done.stderr, done.stderr
+            assert "fix: " in done.stderr

@@ -51,14 +51,15 @@ def altered(folder: Path, tensor: str, **row: Any) -> None:
 
 
 def both(tmp_path: Path, tree: Any, **keys: Any) -> tuple[library.MergeReport, library.MergeReport]:
-    """The merge without the flag, and with it; the weights must be the same, and the record but for the mark."""
+    """The merge without the flag, and with it; weights and records must be the same, but for marks and checksums."""
     plain = library.merge(tree, tmp_path / "plain" / "out", **keys)
     trusting = library.merge(tree, tmp_path / "trusting" / "out", trust_digests=True, **keys)
     assert weights(plain.out) == weights(trusting.out)
-    there = record(trusting.out)
+    here, there = record(plain.out), record(trusting.out)
+    assert (here.pop("checksum") == there.pop("checksum")) == (not trusting.trusted)  # the marks are summed too
     marked = [name for name, row in there["tensors"].items() if row.pop("trusted", False)]
     assert marked == list(trusting.trusted)
-    assert (plain.trusted, there) == ((), record(plain.out))
+    assert (plain.trusted, there) == ((), here)
     assert plain.nonfinite == trusting.nonfinite
     assert library.verify(trusting.out).problems == ()
     return plain, trusting

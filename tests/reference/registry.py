@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from reference.averaging import ema, expo, geometric_median, sma, wma
+from reference.balancing import consensus, localize, pcb
 from reference.inputs import Array
 from reference.linear import linear
 from reference.model_stock import model_stock
 from reference.passthrough import passthrough
 from reference.ram import ram, ramplus_tl
 from reference.sce import sce
+from reference.singular import iso_c, iso_cts, tsv, wudi
 from reference.spherical import karcher, multislerp, nuslerp, slerp
 from reference.task_vectors import (
     breadcrumbs,
@@ -34,21 +37,33 @@ REFERENCE: dict[str, Callable[..., Array]] = {
     "arcee_fusion": arcee_fusion,
     "breadcrumbs": breadcrumbs,
     "breadcrumbs_ties": breadcrumbs_ties,
+    "consensus": consensus,
     "dare_linear": dare_linear,
     "dare_ties": dare_ties,
     "della": della,
     "della_linear": della_linear,
+    "ema": ema,
+    "expo": expo,
+    "geometric_median": geometric_median,
+    "iso_c": iso_c,
+    "iso_cts": iso_cts,
     "karcher": karcher,
     "linear": linear,
+    "localize": localize,
     "model_stock": model_stock,
     "multislerp": multislerp,
     "nearswap": nearswap,
     "nuslerp": nuslerp,
     "passthrough": passthrough,
+    "pcb": pcb,
     "ram": ram,
     "ramplus_tl": ramplus_tl,
     "sce": sce,
     "slerp": slerp,
+    "sma": sma,
     "task_arithmetic": task_arithmetic,
     "ties": ties,
+    "tsv": tsv,
+    "wma": wma,
+    "wudi": wudi,
 }

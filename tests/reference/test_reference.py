@@ -53,8 +53,8 @@ def _no_warnings() -> Iterator[None]:
         yield
 
 
-def test_the_twenty() -> None:
-    assert len(REFERENCE) == 20
+def test_the_registry() -> None:
+    assert len(REFERENCE) == 32
     assert list(REFERENCE) == sorted(REFERENCE)
 
 
@@ -310,6 +310,99 @@ def test_sce() -> None:
         merge("sce", tied, base, select_topk=0.5)
 
 
+def test_averages_of_checkpoints() -> None:
+    models = [[1, 0], [2, 0], [6, 3]]
+    expect(merge("sma", models), [3, 1])
+    expect(merge("wma", models), [23 / 6, 1.5])
+    expect(merge("ema", models, alpha=0.5), [3.75, 1.5])
+    expect(merge("ema", models, alpha=1.0), [6, 3])
+
+
+def test_expo() -> None:
+    expect(merge("expo", [[3, 1]], [1, 1], alpha=0.5), [4, 1])
+    expect(merge("expo", [[3, 1]], [1, 1], alpha=-1.0), [1, 1])
+
+
+def test_geometric_median() -> None:
+    expect(merge("geometric_median", [[0], [1], [100]], tol=0.0, max_iter=9999)[0].round(4), 1)  # on a line: the median
+    corner = [[0, 0], [1, 0], [0, 1]]  # the Fermat point of a triangle with a right angle
+    side = (3 - np.sqrt(3)) / 6
+    np.testing.assert_allclose(merge("geometric_median", corner), [side, side], rtol=1e-6)
+    expect(merge("geometric_median", corner, max_iter=0), [1 / 3, 1 / 3])
+    expect(merge("geometric_median", corner, weight=[0, 1, 1], max_iter=0), [0.5, 0.5])
+    rows = merge("geometric_median", [[[0, 0], [5, 5]], [[1, 0], [5, 5]], [[0, 1], [5, 5]]], row_wise=True)
+    np.testing.assert_allclose(rows, [[side, side], [5, 5]], rtol=1e-6)
+    for wrong in ([-1, 1, 1], [0, 0, 0]):
+        with pytest.raises(ValueError, match="weights"):
+            merge("geometric_median", corner, weight=wrong)
+
+
+def test_localize() -> None:
+    models, base = [[5, 1, 3, 0], [4, 1, -2, 0]], [0, 0, 0, 0]
+    expect(merge("localize", models, base, density=[0.5, 0.25], keep=Given(0.5, 0.5)), [4.5, 0, 3, 0])
+    expect(merge("localize", models, base, density=[1, 0], lambda_=2.0, keep=Given(0.5, 0.5)), [10, 2, 6, 0])
+    rows = [[[5, 1], [3, 0]], [[4, 1], [-2, 0]]]
+    halves = merge("localize", rows, np.zeros((2, 2)), density=[0.5, 0.5], row_wise=True, keep=Given(0.5, 0.5))
+    expect(halves, [[4.5, 0], [0.5, 0]])
+
+
+def test_consensus() -> None:
+    models, base = [[4, 1, 0, 2], [1, 1, 0, -2], [0, 1, 3, 1]], [0, 0, 0, 0]
+    expect(merge("consensus", models, base, threshold=[0.5] * 3), [0, 3, 0, 1])
+    expect(merge("consensus", models, base, threshold=[0.5] * 3, agreement=1), [5, 3, 3, 1])
+    expect(merge("consensus", models, base, threshold=[0.6] * 3, agreement=1), [5, 0, 3, 1])
+    expect(merge("consensus", models, base, agreement=0, weight=[1, 2, 0], lambda_=0.5), [3, 1.5, 0, -1])
+    for wrong in (models[:1], models[:2]):
+        with pytest.raises(ValueError, match="two models"):
+            merge("consensus", wrong, base, agreement=3)
+
+
+def test_pcb() -> None:
+    models, base = [[1, 0], [1, 2]], [0, 0]
+    # squares (1, 0) and (1, 4), products (1, 0): norms (1, 0), (0, 1), (1, 0)
+    high, low = np.e / (1 + np.e), 1 / (1 + np.e)
+    intra = np.array([[np.e**2, 1], [1, np.e**2]]) / (1 + np.e**2)
+    beta = intra * np.array([[2 * high, 2 * low], [low + high, high + low]])
+    want = [(beta[0, 0] + beta[1, 0]) / beta[:, 0].sum(), 2 * beta[1, 1] / beta[:, 1].sum()]
+    expect(merge("pcb", models, base, density=[1, 1]), want)
+    expect(merge("pcb", models, base, density=[0.5, 0.5], keep=Given(0.5, 0.5)), [1, 2])
+    expect(merge("pcb", [[3, 1]], base, density=[1], lambda_=0.5), [1.5, 0.5])
+
+
+def test_isotropic() -> None:
+    base, models = np.zeros((2, 2)), [[[3, 0], [0, 0]], [[0, 0], [0, 1]]]
+    expect(merge("iso_c", models, base), [[2, 0], [0, 2]])
+    expect(merge("iso_c", models, base, weight=[1, -1], lambda_=0.5), [[1, 0], [0, -1]])
+    expect(merge("iso_c", models, base, rank=1), [[3, 0], [0, 0]])
+    expect(merge("iso_c", models[:1], base), [[3, 0], [0, 0]])  # one direction: there is no other to lengthen
+    expect(merge("iso_c", [[2, 4], [4, 0]], [0, 0]), [3, 2])  # no matrix: the mean
+    expect(merge("iso_cts", models, base, common=1.0), [[2, 0], [0, 2]])
+    expect(merge("iso_cts", models, base, common=0.0), [[2, 0], [0, 2]])  # one direction of each
+    expect(merge("iso_cts", [models[0], base], base, common=0.0), [[3, 0], [0, 0]])
+
+
+def test_tsv() -> None:
+    base, models = np.zeros((2, 2)), [[[3, 0], [0, 0]], [[0, 0], [0, 1]]]
+    expect(merge("tsv", models, base), [[3, 0], [0, 1]])
+    expect(merge("tsv", models, base, weight=[1, 2], lambda_=0.5), [[1.5, 0], [0, 1]])
+    expect(merge("tsv", [[[3, 0], [0, 1]]] * 2, base), [[3, 0], [0, 0]])  # the same first direction: half of each
+    expect(merge("tsv", [[2, 4], [4, 0]], [0, 0]), [3, 2])
+    expect(merge("tsv", [base], base), base)
+
+
+def test_wudi() -> None:
+    base = np.zeros((2, 2))
+    own = [[[3, 0], [1, 0]], [[0, 2], [0, 5]]]  # inputs that do not meet: each keeps its column
+    expect(merge("wudi", own, base, ridge=0.0), [[3, 2], [1, 5]])
+    same = [[[3, 0], [0, 0]], [[1, 0], [0, 0]]]  # (3 + 1) / 2 on the one input they share
+    expect(merge("wudi", same, base, ridge=0.0, lambda_=2.0), [[4, 0], [0, 0]])
+    expect(
+        merge("wudi", same, base, ridge=1.0), [[(4 + 4) / 3, 0], [0, 0]]
+    )  # (sum of d + rho times it) / (2 + rho), rho 1
+    expect(merge("wudi", [[2, 4], [4, 0]], [0, 0]), [3, 2])
+    expect(merge("wudi", [base, base], base), base)
+
+
 def test_nearswap() -> None:
     expect(merge("nearswap", [[1, 0.001, 3]], [0, 0, 3], t=0.002), [0.002, float(np.float32(0.001)), 3])
 
@@ -333,8 +426,8 @@ def test_ram() -> None:
 # Tensors that merge tools stumble over
 
 SHAPES = [(), (1,), (5,), (4, 1), (1, 4), (3, 4), (2, 3, 4), (0,), (0, 3), (3, 0)]
-WITHOUT_BASE = {"linear", "karcher", "passthrough"}
-ONE_MODEL = {"slerp", "nearswap", "arcee_fusion", "passthrough"}
+WITHOUT_BASE = {"linear", "karcher", "passthrough", "sma", "wma", "ema", "geometric_median"}
+ONE_MODEL = {"slerp", "nearswap", "arcee_fusion", "passthrough", "expo"}
 TWO_MODELS = {"nuslerp"}
 SPARSE = {"ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear"}
 WEIGHTED = SPARSE | {"linear", "nuslerp", "multislerp", "task_arithmetic"}
@@ -351,6 +444,10 @@ def settings(method: str, n: int) -> dict[str, Any]:
         found["t"] = 0.4
     if method == "sce":
         found["select_topk"] = 0.5
+    if method in ("localize", "pcb"):
+        found["density"] = [0.5] * n
+    if method == "expo":
+        found["alpha"] = 0.3
     return found
 
 
@@ -359,7 +456,7 @@ def counts(method: str) -> list[int]:
         return [1]
     if method in TWO_MODELS:
         return [2]
-    return [2, 3] if method == "model_stock" else [1, 2, 3]
+    return [2, 3] if method in ("model_stock", "consensus") else [1, 2, 3]
 
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

@@ -22,6 +22,7 @@ ORDER = [
     {"planning"},
     {"engine", "lineage"},
     {"keeping"},
+    {"prepared"},
     {"merging", "in_memory", "verifying"},
     {"cli"},
 ]

@@ -6,6 +6,7 @@ space; 5 numbers; 128 + the signal's number where one ended it: 130 interrupted,
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -18,7 +19,7 @@ from cyclopts import App, CycloptsError
 
 from smelt._version import __version__
 from smelt.cli.show import visible
-from smelt.errors import ManyProblems, RecipeError, SmeltError, nearest
+from smelt.errors import ManyProblems, RecipeError, SmeltError, StorageError, nearest
 from smelt.storage.signals import deferred
 
 app = App(
@@ -34,6 +35,7 @@ app.command("smelt.cli.check:check", name="check", help="Check a recipe from con
 app.command("smelt.cli.methods:methods", name="methods", help="List the merge methods, or explain one.")
 app.command("smelt.cli.schema:schema", name="schema", help="Print the JSON schema of the recipe language.")
 app.command("smelt.cli.verify:verify", name="verify", help="Check an output against its record.")
+app.command("smelt.cli.clean:clean", name="clean", help="Remove what cut-off merges have left.")
 
 
 class Stopped(BaseException):
@@ -78,7 +80,7 @@ def run(words: list[str]) -> int:
     except (KeyboardInterrupt, Stopped) as error:
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
         said = "interrupted" if number == signal.SIGINT else "terminated"
-        print(f"{said}: nothing was left behind", file=sys.stderr)
+        print(f"{said}: {_left(error) or 'nothing was left behind'}", file=sys.stderr)
         return 128 + number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,8 +88,20 @@ def run(words: list[str]) -> int:
     except Exception as error:
         if os.environ.get("SMELT_DEBUG"):
             raise
+        if _lacks_memory(error):
+            fix = "use fewer threads (--threads 1), or raise the limit"
+            return _report(StorageError("not enough memory", fix=fix), as_json)
         fix = "please report it, with what SMELT_DEBUG=1 smelt … prints"
         return _report(SmeltError(f"a defect of smelt: {type(error).__name__}: {error}", fix=fix), as_json)
+
+
+def _lacks_memory(error: BaseException | None) -> bool:
+    """Whether an error goes back to a lack of memory (SystemError: what Python says when it has none to say more)."""
+    while error is not None:
+        if isinstance(error, MemoryError | SystemError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -128,9 +142,16 @@ def _report(error: SmeltError, as_json: bool) -> int:
         print(_json(error))
     else:
         print(visible(error.render()), file=sys.stderr)
+        if left := _left(error):
+            print(visible(f"note: {left}"), file=sys.stderr)
         if isinstance(error, ManyProblems):
             print(f"{len(error.problems)} problems", file=sys.stderr)
     return error.exit_code
+
+
+def _left(error: BaseException) -> str:
+    """What the error's notes say was kept, if anything."""
+    return "; ".join(getattr(error, "__notes__", ()))
 
 
 def _json(error: SmeltError) -> str:
@@ -139,4 +160,5 @@ def _json(error: SmeltError) -> str:
     problems: list[dict[str, Any]] = [
         {"kind": type(p).__name__, "message": p.message, "where": list(p.where), "fix": p.fix} for p in error.problems
     ]
-    return json.dumps({"ok": False, "exit_code": error.exit_code, "problems": problems}, indent=1)
+    kept = {"kept": left} if (left := _left(error)) else {}
+    return json.dumps({"ok": False, "exit_code": error.exit_code, "problems": problems, **kept}, indent=1)

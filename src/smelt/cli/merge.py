@@ -14,8 +14,9 @@ from smelt.cli.nested import kept_json, of_steps
 from smelt.cli.options import Allow, Flag, Json, Quiet, Seed, Verbose
 from smelt.cli.show import count_text, counted, on_device, parse_size, progress, size_text, visible
 from smelt.engine.backends import CPU
-from smelt.merging import MergeReport, Prepared
+from smelt.merging import MergeReport
 from smelt.merging import merge as run_merge
+from smelt.prepared import Prepared
 
 
 def merge(
@@ -24,9 +25,11 @@ def merge(
     /,
     *,
     overwrite: Flag = False,
-    shard_size: Annotated[str, Parameter(name=["--shard-size", "--out-shard-size"])] = "5GB",
+    resume: Flag = False,
+    shard_size: Annotated[str | None, Parameter(name=["--shard-size", "--out-shard-size"])] = None,
     threads: int | None = None,
     device: str = CPU,
+    memory: str | None = None,
     seed: Seed = 0,
     allow: Allow = [],  # noqa: B006
     strict: Flag = False,
@@ -49,12 +52,16 @@ def merge(
         The folder to write; it must not exist, or be empty.
     overwrite
         Replace OUT if it is there; the old one stays until the new one is complete.
+    resume
+        Go on where an earlier run of this merge was cut off; if interrupted, keep what is finished.
     shard_size
-        Most bytes of tensors in one file, such as 5GB.
+        Most bytes of tensors in one file, such as 5GB, which is the default; a state dict of one file stays one.
     threads
         Worker threads; all cores by default. The result does not depend on it.
     device
         Where the methods work: cpu, or with torch cuda (cuda:1); numbers may differ in the last place.
+    memory
+        Most memory to use, such as 500MB: threads and buffers are cut to fit. The result does not depend on it.
     seed
         Seed of the random methods.
     allow
@@ -86,9 +93,11 @@ def merge(
             recipe,
             out,
             overwrite=overwrite,
-            shard_bytes=parse_size(shard_size),
+            resume=resume,
+            shard_bytes=None if shard_size is None else parse_size(shard_size),
             workers=threads,
             device=device,
+            memory=None if memory is None else parse_size(memory),
             seed=seed,
             allow=allow,
             strict=strict,
@@ -99,6 +108,7 @@ def merge(
             keep_folder=keep_folder,
             progress=report,
             on_plan=None if quiet else lambda prepared: _say_plan(prepared, out, verbose=verbose),
+            on_note=None if quiet else lambda note: print(visible(f"note: {note}"), file=sys.stderr),
         )
     if as_json:
         print(json.dumps(_as_json(done), indent=1))
@@ -147,6 +157,7 @@ def _as_json(done: MergeReport) -> dict[str, object]:
         "bytes_read": done.bytes_read,
         "bytes_written": done.bytes_written,
         "seconds": round(done.seconds, 3),
+        "resumed": done.resumed,
         "engine_seconds": round(done.engine_seconds, 3),
         "commit_seconds": round(done.commit_seconds, 3),
         "nonfinite": dict(done.nonfinite),

@@ -9,8 +9,8 @@ from smelt.cli.show import counted, size_text
 from smelt.engine.forecast import passes
 from smelt.engine.nesting import Step
 from smelt.keeping import Kept
-from smelt.merging import Prepared
 from smelt.planning.entries import Entry, Plan
+from smelt.prepared import Prepared
 
 
 def models_of_steps(prepared: Prepared) -> list[list[str]]:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 from smelt.cli.nested import models_of_steps, of_steps, steps_json, within
 from smelt.cli.options import Allow, Flag, Json, Seed
-from smelt.cli.show import count_text, counted, on_device, size_text, table, visible
+from smelt.cli.show import count_text, counted, on_device, parse_size, size_text, table, visible
 from smelt.engine.backends import CPU
+from smelt.engine.forecast import FLOPS
 from smelt.errors import RecipeError, nearest
-from smelt.merging import Prepared, prepare
+from smelt.merging import prepare
+from smelt.methods.api import Cost
 from smelt.planning.entries import PlannedModel
 from smelt.planning.explain import explanation, explanation_json, groups, plan_json, recipe_of
+from smelt.prepared import Prepared
 
 
 def plan(
@@ -22,6 +25,7 @@ def plan(
     explain: str | None = None,
     threads: int | None = None,
     device: str = CPU,
+    memory: str | None = None,
     seed: Seed = 0,
     allow: Allow = [],  # noqa: B006
     strict: Flag = False,
@@ -44,6 +48,8 @@ def plan(
         Worker threads the prediction is for; all cores by default.
     device
         The device the prediction is for: cpu, cuda or cuda:1. It need not be there.
+    memory
+        Most memory a merge may use, such as 500MB: threads and buffers are cut to fit.
     seed
         Seed of the random methods.
     allow
@@ -66,6 +72,7 @@ def plan(
         seed=seed,
         workers=threads,
         device=device,
+        memory=None if memory is None else parse_size(memory),
         trust_methods=trust_methods,
         trust_pickles=trust_pickles,
         weights=False,
@@ -77,11 +84,14 @@ def plan(
             tree = plan_json(prepared.plan)
             for row in tree["tensors"]:
                 row["passes"] = prepared.forecast.passes[row["name"]]
+                if (cost := prepared.forecast.work.get(row["name"])) is not None:
+                    row["work"] = _work_json(cost)
             tree["forecast"] = {
                 "bytes_read": prepared.forecast.bytes_read,
                 "bytes_written": prepared.forecast.bytes_written,
                 "memory": prepared.forecast.memory,
                 "threads": prepared.forecast.workers,
+                "work_seconds": prepared.forecast.seconds,
             }
             if prepared.forecast.device != CPU:
                 tree["forecast"]["device"] = prepared.forecast.device
@@ -136,7 +146,7 @@ def _text(prepared: Prepared) -> str:
                 name,
                 f"{len(entries)} ×" if len(entries) > 1 else "",
                 f"{list(first.shape)} {first.dtype}",
-                f"{passes} pass{'es' if passes > 1 else ''}",
+                f"{passes} pass{'es' if passes > 1 else ''}{_work_text(forecast.work.get(first.name))}",
                 recipe_of(first, plan),
             ]
         )
@@ -148,10 +158,35 @@ def _text(prepared: Prepared) -> str:
         f"reads {size_text(forecast.bytes_read)}, writes {size_text(forecast.bytes_written)}, "
         f"at most about {size_text(forecast.memory)} of memory with {forecast.workers} threads{where}"
     )
+    if forecast.work:
+        flops = sum(cost.flops for cost in forecast.work.values())
+        lines.append(
+            f"linear algebra: {_flops_text(flops)}, about {forecast.seconds:.2g} s with {forecast.workers} threads "
+            f"at {_flops_text(FLOPS)} a second each"
+        )
     lines += of_steps(prepared)
     lines += [f"note: {note}" for note in plan.notes]
     lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join(lines)
+
+
+def _work_text(cost: Cost | None) -> str:
+    """What a tensor's linear algebra takes on one core, and the memory for it."""
+    if cost is None:
+        return ""
+    return f", {_flops_text(cost.flops)}, {cost.flops / FLOPS:.2g} s, {size_text(cost.bytes)}"
+
+
+def _work_json(cost: Cost) -> dict[str, float]:
+    return {"flops": cost.flops, "seconds": cost.flops / FLOPS, "bytes": cost.bytes}
+
+
+def _flops_text(flops: float) -> str:
+    """Floating-point operations in short: 26 GFLOP."""
+    for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
+        if flops >= size:
+            return f"{flops / size:.3g} {unit}"
+    return f"{flops / 1e3:.3g} kFLOP"
 
 
 def _role(index: int, prepared: Prepared) -> str:

@@ -7,27 +7,34 @@ and only a few are open at a time.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from smelt.engine.backends import HOST, Backend, default_tile, default_workers
+from smelt.engine.blas import single_threaded
 from smelt.engine.copying import CopyRun, Known
 from smelt.engine.kernels import DEFINITIONS, Kernels, fused
 from smelt.engine.memory import Budget
+from smelt.engine.reducing import bind
 from smelt.engine.steps import Stopped, Workshop, steps_among
 from smelt.engine.tensor import Readable, Settings, Sink, TensorResult, TensorRun
 from smelt.engine.tiles import Scratch
-from smelt.errors import InputError, SmeltError, raise_all
+from smelt.errors import InputError, SmeltError, StorageError, raise_all
+from smelt.methods import api
 from smelt.planning.entries import Action, Entry, Input, Plan
 from smelt.storage.checkpoint import TensorSource
 from smelt.storage.signals import deferred, held
 
+_log = logging.getLogger(__name__)
 KEEP_BYTES = 96 << 20
 """Stored bytes that multi-pass tensors may keep in memory, all together."""
 
@@ -35,11 +42,16 @@ WORTH_KERNELS = 64 << 20
 """Input bytes of merged tensors from which on loading the compiled kernels (half a second) is repaid."""
 _OPEN = -1
 """In place of a task's number: open the tensor."""
+_PATIENCE = 1.0
+"""Seconds after which a worker that waits for another looks whether all are still well."""
 _COMPARE = 1 << 20
 """Bytes compared at a time."""
 
 Progress = Callable[[int, int], None]
 """Called now and then with (bytes done, bytes in all), from the thread that called `run`."""
+
+OnTensor = Callable[[TensorResult], None]
+"""Called with the result of each tensor when all its bytes are with the sink, from the worker that wrote the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,51 +78,95 @@ def run(
     kernels: bool | None = None,
     known: Mapping[str, Known] | None = None,
     backend: Backend = HOST,
+    keep_bytes: int | None = None,
+    done: Mapping[str, TensorResult] | None = None,
+    on_tensor: OnTensor | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
     """Carry out a plan: read `sources` (one per model of the plan), write every tensor into `sink`.
 
     The result does not depend on `workers` (threads), `tile` (elements a method sees at once) or `kernels` (whether
-    compiled ones are used; None: if the merge is large enough to repay loading them). `backend` is where methods work.
-    Copied tensors that are in `known` are moved unread. Sources may be merges of their own (`engine.steps`), which work
-    with the same settings. Raises the first error of any worker; KeyboardInterrupt stops
-    them and is passed on.
+    compiled ones are used; None: if the merge is large enough to repay loading them), or on `keep_bytes` (stored bytes
+    that tensors may keep between their passes). `backend` is where methods work. Copied tensors that are in `known` are
+    moved unread. Sources may be merges of their own (`engine.steps`), which work with the same settings. `done` are
+    results of tensors that are in the sink already; `on_tensor` is told of each other one when it is written. Raises
+    the first error of any worker; KeyboardInterrupt stops the workers and is passed on.
     """
+    within = steps_among(sources)
+    plans = [plan, *(step.plan for step in within if step.computed)]
     if backend.kernels is not None:
         chosen = backend.kernels
     else:
-        chosen = _kernels() if kernels or (kernels is None and worth_kernels(plan, sources)) else DEFINITIONS
+        chosen = _kernels() if kernels or (kernels is None and worth_kernels(*plans)) else DEFINITIONS
     settings = Settings(
         workers=workers or default_workers(backend.name),
         tile=tile or default_tile(backend.name),
         seed=plan.seed,
-        keep_bytes=KEEP_BYTES,
+        keep_bytes=KEEP_BYTES if keep_bytes is None else keep_bytes,
         allow_nonfinite=allow_nonfinite,
         kernels=chosen,
         backend=backend,
     )
     started = time.perf_counter()
     budget = Budget(settings.keep_bytes, settings.backend.empty)
-    if not steps_among(sources):
-        crew = _Crew(plan, sources, sink, settings, known or {}, budget, None)
+    with ExitStack() as stack:
+        if uses_linear_algebra(*plans):
+            stack.enter_context(single_threaded())
+        workshop = stack.enter_context(Workshop.open(sources, settings, budget)) if within else None
+        crew = _Crew(
+            plan,
+            sources,
+            sink,
+            settings,
+            known=known or {},
+            done=done or {},
+            on_tensor=on_tensor,
+            budget=budget,
+            workshop=workshop,
+        )
         crew.work(progress)
-        return RunResult(tuple(crew.results()), time.perf_counter() - started, crew.read, crew.written)
-    with Workshop.open(sources, settings, budget) as workshop:
-        crew = _Crew(plan, sources, sink, settings, known or {}, budget, workshop)
-        crew.work(progress)
-    return RunResult(tuple(crew.results()), time.perf_counter() - started, workshop.bytes_read, crew.written)
+    read = crew.read if workshop is None else workshop.bytes_read
+    return RunResult(tuple(crew.results()), time.perf_counter() - started, read, crew.written)
 
 
-def worth_kernels(plan: Plan, sources: Sequence[TensorSource] = ()) -> bool:
+def worth_kernels(*plans: Plan) -> bool:
     """Whether a merge is large enough to repay loading the compiled kernels; copies have no use for them."""
-    plans = [plan, *(step.plan for step in steps_among(sources))]
     merged = sum(entry.input_bytes for one in plans for entry in one.entries if entry.action is Action.MERGE)
     return merged >= WORTH_KERNELS
 
 
+def preload() -> None:
+    """Begin to load the compiled kernels in a thread, while the caller lays out files; `run` finds them loaded."""
+
+    def load() -> None:
+        with contextlib.suppress(Exception):  # `run` tries again, and tells
+            fused()
+
+    with contextlib.suppress(RuntimeError):  # no more threads
+        threading.Thread(target=load, name="smelt-preload").start()
+
+
+def uses_linear_algebra(*plans: Plan) -> bool:
+    """Whether a method of these plans sees whole tensors, and so may call BLAS."""
+    entries = [entry for plan in plans for entry in plan.entries]
+    able = {name for name in {entry.method for entry in entries} if _may_see_tensors(name)}
+    merged = (entry for entry in entries if entry.method in able and entry.action is Action.MERGE)
+    return any(bind(entry).grain is api.Grain.TENSOR for entry in merged)
+
+
+def _may_see_tensors(method: str) -> bool:
+    """Methods that say nothing of their grain have ELEMENT: no need to bind each of their entries."""
+    return api.get(method).type.grain is not api.Method.grain
+
+
 def _kernels() -> Kernels:
-    with deferred():
-        return fused()
+    """The compiled kernels; where there is no memory to load them, the definitions, which give the same."""
+    try:
+        with deferred():
+            return fused()
+    except (MemoryError, OSError, SystemError, ImportError) as error:
+        _log.warning("the compiled kernels cannot be loaded, so this takes longer: %s", error)
+        return DEFINITIONS
 
 
 class _Crew:
@@ -122,7 +178,10 @@ class _Crew:
         sources: Sequence[TensorSource],
         sink: Sink,
         settings: Settings,
+        *,
         known: Mapping[str, Known],
+        done: Mapping[str, TensorResult],
+        on_tensor: OnTensor | None,
         budget: Budget,
         workshop: Workshop | None,
     ) -> None:
@@ -139,20 +198,22 @@ class _Crew:
         self._left: dict[int, int] = {}
         self._next = 0
         self._opening = 0
-        self._results: list[TensorResult | None] = [None] * len(plan.entries)
+        self._results = [done.get(entry.name) for entry in plan.entries]
+        self._on_tensor = on_tensor
         self._changed = threading.Condition()
         self._failures: dict[int, BaseException] = {}
         self._stop = False
-        self._expected = plan.input_bytes + plan.output_bytes
+        self._lost = False
+        self._expected = sum(entry.input_bytes + entry.nbytes for entry in plan.entries if entry.name not in done)
         self.read = self.written = 0
 
     def work(self, progress: Progress | None) -> None:
         threads = [
             threading.Thread(target=self._worker, name=f"smelt-{i}", daemon=True) for i in range(self._settings.workers)
         ]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                _start(thread)
             while any(thread.is_alive() for thread in threads):
                 threads[0].join(0.05) if threads[0].is_alive() else time.sleep(0.005)
                 if progress is not None:
@@ -162,11 +223,14 @@ class _Crew:
                 with self._changed:
                     self._stop_all()
                 for thread in threads:
-                    thread.join()
+                    if thread.ident is not None:
+                        thread.join()
                 for tensor in self._open.values():
                     tensor.abandon()
         if self._failures:  # of several, that of the earliest tensor, whichever thread was quicker
             raise self._failures[min(self._failures)]
+        if self._lost:
+            raise _no_memory()
         if progress is not None:
             progress(self._expected, self._expected)
 
@@ -188,8 +252,11 @@ class _Crew:
         except Stopped:
             return
         except BaseException as error:
-            with self._changed:
-                self._fail(index, error)
+            try:
+                with self._changed:
+                    self._fail(index, error)
+            except BaseException:  # no memory even to say so
+                self._lost = self._stop = True
 
     def _stop_all(self) -> None:
         """Have every worker stop after the task that it is at; the lock is held."""
@@ -205,7 +272,7 @@ class _Crew:
 
     def _placed(self, error: BaseException) -> BaseException:
         if isinstance(error, MemoryError):
-            return SmeltError("not enough memory for the tiles", fix="use fewer threads (--threads 1)")
+            return _no_memory()
         return self._settings.backend.explained(error) or error
 
     def _take(self) -> tuple[int, int, int] | None:
@@ -215,11 +282,13 @@ class _Crew:
                     return heapq.heappop(self._ready)
                 if self._next < len(self._plan.entries):
                     self._next += 1
+                    if self._results[self._next - 1] is not None:
+                        continue  # written by an earlier run
                     self._opening += 1
                     return self._next - 1, 0, _OPEN
                 if not self._open and not self._opening:
                     return None
-                self._changed.wait()
+                self._changed.wait(_PATIENCE)
             return None
 
     def _begin(self, index: int, scratch: Scratch) -> None:
@@ -236,18 +305,26 @@ class _Crew:
             read, written = read + sum(r for r, _ in more), written + sum(w for _, w in more)
             if not tensor.end_pass(scratch):
                 break
+        result = self._finished(tensor) if tensor.alone else None
         if tensor.alone and self._workshop is not None:
             self._workshop.drop(entry, self._sources)
         with self._changed:
             self._opening -= 1
-            if tensor.alone:
+            if result is not None:
                 self._count(read + tensor.bytes_sampled, written)
-                self._results[index] = tensor.result()
+                self._results[index] = result
                 if not self._opening:
                     self._changed.notify_all()
             else:
                 self._open[index] = tensor
                 self._queue(index, tensor, 0)
+
+    def _finished(self, tensor: TensorRun | CopyRun) -> TensorResult:
+        """The result of a tensor that is written, of which is told."""
+        result = tensor.result()
+        if self._on_tensor is not None:
+            self._on_tensor(result)
+        return result
 
     def _tensor(self, entry: Entry) -> TensorRun | CopyRun:
         if entry.action is Action.MERGE:
@@ -275,16 +352,28 @@ class _Crew:
                 return
             tensor = self._open[index]
         again = tensor.end_pass(scratch)
+        result = None if again else self._finished(tensor)
         if not again and self._workshop is not None:
             self._workshop.drop(tensor.entry, self._sources)
         with self._changed:
-            if again:
+            if result is None:
                 self._queue(index, tensor, number + 1)
             else:
                 self.read += tensor.bytes_sampled
-                self._results[index] = tensor.result()
+                self._results[index] = result
                 del self._open[index], self._left[index]
                 self._changed.notify_all()
+
+
+def _start(thread: threading.Thread) -> None:
+    try:
+        thread.start()
+    except RuntimeError as error:  # what Python says where the system gives no more of them
+        raise StorageError(f"cannot start a thread: {error}", fix="use fewer threads (--threads 1)") from error
+
+
+def _no_memory() -> StorageError:
+    return StorageError("not enough memory for the tiles", fix="use fewer threads (--threads 1), or say --memory SIZE")
 
 
 def check_equal(plan: Plan, sources: Sequence[TensorSource]) -> None:
@@ -303,7 +392,10 @@ def check_equal(plan: Plan, sources: Sequence[TensorSource]) -> None:
                 InputError(
                     f"tensor '{entry.name}' holds {entry.dtype} numbers that differ between the models",
                     where=[f"{plan.models[source.model].published}  {source.tensor}" for source in (first, *differing)],
-                    fix="numbers of this type are never averaged: leave out the models that differ",
+                    fix="the scale of a LoRA pair is not averaged: bring all models to one alpha (multiply lora_up or "
+                    "lora_B by old alpha / new alpha), or leave out those that differ"
+                    if entry.dtype.floating
+                    else "numbers of this type are never averaged: leave out the models that differ",
                 )
             )
     raise_all(problems)

@@ -20,15 +20,13 @@ import numpy as np
 from smelt.engine.backends import HOST, default_tile
 from smelt.engine.memory import Budget
 from smelt.engine.tensor import Readable, Settings, TensorRun
-from smelt.engine.tiles import Scratch
+from smelt.engine.tiles import TASK, Scratch
 from smelt.planning.entries import Action, Entry, Plan
 from smelt.specs import TensorSpec
 from smelt.storage.checkpoint import FileInfo, TensorSource, check_range, decode_json, decode_text
 from smelt.storage.files import Buffer
 from smelt.storage.layout import METADATA
 
-_PIECE = 1 << 20
-"""Bytes of a piece of a copied tensor, the least that a worker may remember of each source."""
 _LOOK = 0.1
 """Seconds after which a thread that waits for others looks whether the run is to stop."""
 
@@ -415,8 +413,8 @@ class _Reader:
 
 
 def remembered_bytes(tile: int) -> int:
-    """What a thread may remember of each source that several merges use: two tiles, or pieces of a copy."""
-    return 2 * max(4 * tile, _PIECE)
+    """What a thread may remember of each source that several merges use: as much as two tasks of float32."""
+    return 2 * 4 * (TASK + tile)
 
 
 def steps_among(sources: Iterable[TensorSource]) -> list[StepSource]:

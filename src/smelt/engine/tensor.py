@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
@@ -309,15 +309,26 @@ class TensorRun:
         )
         return given
 
+    def _tiles(
+        self, stored: Sequence[tuple[Any, DType]], start: int, stop: int, scratch: Scratch
+    ) -> Iterator[tuple[int, int, Given]]:
+        """(low, high, what is given) for the tiles of a task, whose stored bytes these are."""
+        for low, high in self.geometry.tile_spans(start, stop):
+            pieces = [
+                (data[dtype.bits // 8 * (low - start) : dtype.bits // 8 * (high - start)], dtype)
+                for data, dtype in stored
+            ]
+            yield low, high, self._tile_given(pieces, low, high, scratch)
+
     def _reduce(self, start: int, stop: int, scratch: Scratch) -> int:
         kernels = self._settings.kernels
-        read = 0
+        stored, read = self._read(start, stop, scratch)
         with np.errstate(all="ignore"):
-            for low, high in self.geometry.tile_spans(start, stop):
-                stored, more = self._read(low, high, scratch)
-                read += more
-                given = self._tile_given(stored, low, high, scratch)
-                for running in self._left_by_kernels(given):
+            left = self._running
+            if kernels.functions:
+                left = self._left_by_kernels(self._tile_given(stored, start, stop, scratch))
+            for low, high, given in self._tiles(stored, start, stop, scratch) if left else ():
+                for running in left:
                     reduction = running.reduction
                     values = self._call(reduction.function, reduction.arguments, given, method=self._placed)
                     if problem := running.reducer.refuses(values, len(given.shape) + 1):
@@ -351,18 +362,18 @@ class TensorRun:
         Only after the reductions; both ends must lie where the method's grain allows a cut.
         """
         size = self.entry.dtype.bits // 8
-        read = 0
+        stored, read = self._read(start, stop, scratch)
         with np.errstate(all="ignore"):
-            low = start
-            while low < stop:
-                high = min(low - low % self.geometry.tile + self.geometry.tile, stop)
-                stored, more = self._read(low, high, scratch)
-                read += more
+            done, cut = self._write_by_kernel(stored, start, stop, out, scratch)
+            if cut is not None:
+                self._count_nonfinite(out, stored, start, cut)
+            for low, high, given in () if done else self._tiles(stored, start, stop, scratch):
                 piece = out[(low - start) * size : (high - start) * size]
-                cut = self._tile(self._tile_given(stored, low, high, scratch), piece)
+                arguments = self._method.info.tile_arguments
+                values = self._call(type(self._method).tile, arguments, given, method=self._placed)
+                cut = self._encode(self._checked(values, given.shape), piece)
                 if cut is not None:
-                    self._count_nonfinite(piece, stored, low, cut)
-                low = high
+                    self._count_nonfinite(piece, given.stored, low, cut)
         return read
 
     def _write(self, start: int, stop: int, scratch: Scratch) -> tuple[int, int]:
@@ -374,25 +385,26 @@ class TensorRun:
         self._digest(start * size, out)
         return read, len(out)
 
-    def _tile(self, given: Given, out: Any) -> Any:
-        """Write the stored bytes of one tile of the result to `out`.
-
-        Gives None where all its numbers are finite; else the places (there may be none) where the type cut a value.
-        """
+    def _write_by_kernel(
+        self, stored: Sequence[tuple[Any, DType]], start: int, stop: int, out: Any, scratch: Scratch
+    ) -> tuple[bool, Any]:
+        """Let a kernel write a whole task to `out`: whether it did, and what `_encode` gives."""
+        # kernels count on whole blocks before the range; what is read of a merge within a recipe may begin anywhere
+        if self._tile_kernel is None or start % self.geometry.block:
+            return False, None
         kernels, dtype = self._settings.kernels, self.entry.dtype
-        # kernels count on whole blocks before the tile; what is read of a merge within a recipe may begin anywhere
-        if self._tile_kernel is not None and given.start % self.geometry.block == 0:
-            kind = kernels.elements.get(dtype.code)
-            values = given.scratch.array("values", (given.count,), np.float32) if kind is None else out.view(kind)
-            found = self._tile_kernel(self._method, given, values)
-            if found is not None:
-                return self._encode(values, out) if kind is None else _NOWHERE if found else None
-        arguments = self._method.info.tile_arguments
-        values = self._call(type(self._method).tile, arguments, given, method=self._placed)
-        return self._encode(self._checked(values, given.shape), out)
+        kind = kernels.elements.get(dtype.code)
+        values = scratch.array("values", (stop - start,), np.float32) if kind is None else out.view(kind)
+        found = self._tile_kernel(self._method, self._tile_given(stored, start, stop, scratch), values)
+        if found is None:
+            return False, None
+        return True, self._encode(values, out) if kind is None else _NOWHERE if found else None
 
     def _encode(self, values: Any, out: Any) -> Any:
-        """Encode the numbers of a tile; gives what `_tile` does."""
+        """Encode numbers into `out`.
+
+        Gives None where all are finite; else the places (there may be none) where the type cut a number.
+        """
         kernels, dtype = self._settings.kernels, self.entry.dtype
         kernels.encode(values, dtype, out)
         cut = dtypes.saturated(self._settings.backend.to_host(values) if dtype.saturates else values, dtype)

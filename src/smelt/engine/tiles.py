@@ -1,8 +1,8 @@
 """How a tensor is cut: blocks whose elements never change, tiles of whole blocks, tasks of whole tiles.
 
 A *block* is the unit of every sum: 64 Ki elements, or a fixed number of rows. A *tile* is what a method sees at once;
-its size follows the caches. A *task* is what a worker takes: for tensors that are cut between any elements, a task's
-output is whole 1 MiB digest blocks.
+its size follows the caches. A *task* is what a worker takes, reads and writes at once, and what a kernel sees: for
+tensors that are cut between any elements, a task's output is whole 1 MiB digest blocks.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from smelt.specs import Grain
 
 BLOCK = 1 << 16
 """Elements of a block."""
-TASK = 1 << 19
-"""Least elements of a task: 1 MiB of a two-byte type."""
+TASK = 1 << 20
+"""Least elements of a task: 2 MiB of a two-byte type. Workers meet at the interpreter's lock a few times a task."""
 DEFAULT_TILE = 1 << 17
 """Elements of a tile, unless asked otherwise."""
 

@@ -25,12 +25,13 @@ def card(
     name: str,
     recipe: Mapping[str, Any],
     donor_card: bytes | None,
-    has_config: bool,
+    library: str | None,
     steps: Mapping[str, Plan] | None = None,
 ) -> bytes:
     """The card of the merged model `name`. `recipe` is its canonical form, `donor_card` the donor's card, if any.
 
-    `steps` are the plans of the merges within the recipe, by name.
+    `library` is the one that loads the model, if that is known. `steps` are the plans of the merges within the recipe,
+    by name.
     """
     text = to_yaml(recipe)
     front = ["---", "base_model:"]
@@ -41,8 +42,8 @@ def card(
     front += ["base_model_relation: merge"]
     donor = (donor_card or b"").decode("utf-8-sig", "replace")  # only plain words of it are taken over
     front += [f"{key}: {_quoted(value)}" for key in _LICENCE if (value := _front_value(donor, key))]
-    if has_config:
-        front.append("library_name: transformers")
+    if library is not None:
+        front.append(f"library_name: {library}")
     front += ["tags:", "- merge", "- smelt", "---"]
     info = api.get(plan.method)
     published = [model.published for model in plan.models]

@@ -13,7 +13,7 @@ from smelt._version import __version__
 from smelt.planning.entries import Entry, Plan, PlannedModel
 from smelt.planning.explain import entry_json
 from smelt.storage.checkpoint import FileInfo
-from smelt.storage.layout import INDEX, Layout
+from smelt.storage.layout import Layout
 
 RECORD = "smelt.json"
 FORMAT = 1
@@ -88,7 +88,7 @@ def record(
                 }
                 for shard in layout.shards
             },
-            **({INDEX: {"sha256": file_digest(layout.index)}} if layout.index is not None else {}),
+            **({layout.index_name: {"sha256": file_digest(layout.index)}} if layout.index is not None else {}),
             **{name: {"sha256": digest} for name, digest in companions.items()},
         },
         "tensors": {

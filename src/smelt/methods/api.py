@@ -36,6 +36,7 @@ from smelt.specs import Grain
 
 __all__ = [
     "Array",
+    "Cost",
     "Grain",
     "Gram",
     "KthLargest",
@@ -64,6 +65,22 @@ Scope = Literal["tensor", "column"]
 BaseUse = Literal["none", "optional", "required"]
 
 _GIVEN = frozenset({"x", "base", "deltas", "vectors", "uniform", "size"})
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a tensor costs beyond being read and written: floating-point operations, and bytes that one worker needs."""
+
+    flops: float
+    bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        """Both, one after the other: the operations of both, the memory of the larger one."""
+        return Cost(self.flops + other.flops, max(self.bytes, other.bytes))
+
+    def times(self, count: int) -> Cost:
+        """So many of them, one after the other."""
+        return Cost(self.flops * count, self.bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +179,10 @@ class Method:
         """Whether with these settings the result is the first model's tensor as it is, so that bytes can be copied."""
         return False
 
+    def cost(self, shape: tuple[int, ...]) -> Cost | None:
+        """What a tensor of this shape costs; None where it is no more than going through it, as for most methods."""
+        return None
+
     def active(self) -> tuple[Reduction, ...]:
         """The reductions that these settings need."""
         return tuple(reduction for reduction in self.info.reductions if reduction.when(self))
@@ -197,7 +218,7 @@ def _arguments(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 _REGISTRY: dict[str, MethodInfo] = {}
-_INFRASTRUCTURE = {"api", "fields", "loading", "reducers", "selection", "stages"}
+_INFRASTRUCTURE = {"api", "decomposition", "fields", "loading", "reducers", "selection", "stages"}
 
 M = TypeVar("M", bound=Method)
 

@@ -94,6 +94,8 @@ def answerable(info: api.MethodInfo, *, at: str = "") -> Iterator[None]:
     except (SmeltError, MemoryError, api.Undefined):
         raise
     except Exception as error:
+        if isinstance(error, ImportError) and "failed to map segment" in str(error):
+            raise MemoryError(str(error)) from error
         path = Path(inspect.getfile(info.type))
         where = [line_of(error, path), *([at] if at else [])]
         message = f"method {info.name} failed: {type(error).__name__}: {error}"

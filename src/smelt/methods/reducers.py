@@ -180,3 +180,43 @@ class Gram:
     def whole(values: Sequence[Array]) -> Array:
         """The definition: k arrays [N] -> [k, k]."""
         return gram(values, axis=None)
+
+
+class Extremes:
+    """The least and the largest of the values over all elements: [k, t] -> [2, k]; NaN where there is one."""
+
+    rounds: ClassVar[int] = 1
+    ordered: ClassVar[bool] = False
+
+    def __init__(self, *, scope: str, size: int) -> None:
+        self._total: Any = None
+
+    @property
+    def done(self) -> bool:
+        return self._total is not None
+
+    def refuses(self, values: Any, ndim: int) -> tuple[str, str] | None:
+        if dimensions(values) == ndim:
+            return None
+        return described(values), f"give Extremes one array of {ndim} dimensions, [k, ...] as the tile's"
+
+    def partial(self, values: Array) -> Array:
+        return self.whole(array_namespace(values).reshape(values, (values.shape[0], -1)))
+
+    def fold(self, total: Any, partial: Any) -> Any:
+        if total is None:
+            return partial
+        xp = array_namespace(partial)
+        return xp.stack([xp.minimum(total[0], partial[0]), xp.maximum(total[1], partial[1])])
+
+    def close(self, total: Any) -> None:
+        self._total = total
+
+    def finish(self) -> Array:
+        return self._total
+
+    @staticmethod
+    def whole(values: Array) -> Array:
+        """The definition: values [k, N] -> [2, k]."""
+        xp = array_namespace(values)
+        return xp.stack([xp.min(values, axis=1), xp.max(values, axis=1)])

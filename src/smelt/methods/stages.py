@@ -11,7 +11,7 @@ from array_api_compat import array_namespace
 
 from smelt.methods.api import Array
 from smelt.methods.fields import per_model, scalar
-from smelt.methods.selection import Cut, band_shares
+from smelt.methods.selection import Cut, band_shares, to_grid
 
 TINY = 1e-8
 """Divisors smaller than this count as 1."""
@@ -83,6 +83,25 @@ def trim(deltas: Array, cut: Cut | None, uniform: Array) -> Array:
 def above_cut(numbers: Array, cut: Cut, uniform: Array) -> Array:
     """Which numbers are above the cut (NaN is), or equal it and are among the share of these that fills the count."""
     return ~(numbers <= cut.value) | ((numbers == cut.value) & (uniform < cut.share))
+
+
+def cut_rows(numbers: Array, counts: Array) -> Cut:
+    """In each row, the cut that keeps the count largest: numbers [n, rows, width], counts [n] -> all [n, rows, 1].
+
+    As KthLargest gives it for a whole tensor; NaN is larger than all.
+    """
+    xp = array_namespace(numbers)
+    width = numbers.shape[-1]
+    count = xp.reshape(xp.clip(counts, 0, width), (-1, 1, 1)) + xp.zeros((*numbers.shape[:-1], 1), dtype=xp.int64)
+    ordered = xp.sort(numbers, axis=-1)
+    place = width - xp.where(count > 0, count, xp.ones_like(count))
+    none = count <= 0
+    value = xp.take_along_axis(ordered, place, axis=-1)
+    value = xp.where(none, xp.full_like(value, xp.inf), value)
+    above = xp.sum(~(numbers <= value), axis=-1, keepdims=True, dtype=xp.int64)
+    equal = xp.sum(numbers == value, axis=-1, keepdims=True, dtype=xp.int64)
+    above, equal = xp.where(none, xp.zeros_like(above), above), xp.where(none, xp.zeros_like(equal), equal)
+    return Cut(value, to_grid((count - above) / xp.where(equal > 0, equal, xp.ones_like(equal))), count, above, equal)
 
 
 def band(deltas: Array, cut: Cut | None, uniform: Array) -> Array:

@@ -83,7 +83,7 @@ def align(recipe: Recipe, models: Sequence[Model], sections: Sequence[Section], 
         _align_group(giver, models, names, sections, giver.anatomy.main, result)
     else:
         _align_modules(recipe, giver, models, names, sections, result, donor)
-    _extra(models, donor, result)
+    _extra(recipe, models, donor, result)
     return result
 
 
@@ -270,8 +270,11 @@ def _no_main_stack(giver: Model) -> RecipeError:
     )
 
 
-def _extra(models: Sequence[Model], donor: int, result: Alignment) -> None:
-    """Tensors that other models have beyond the donor's: buffers are ignored, anything else is a problem."""
+def _extra(recipe: Recipe, models: Sequence[Model], donor: int, result: Alignment) -> None:
+    """Tensors that other models have beyond the donor's: buffers are ignored, anything else is a problem.
+
+    With `missing: skip` or `copy` they get slots like others, after the donor's; the planner decides on them.
+    """
     taken = {slot.name for slot in result.slots}
     giver = models[donor]
     for index, model in enumerate(models):
@@ -285,8 +288,18 @@ def _extra(models: Sequence[Model], donor: int, result: Alignment) -> None:
                 result.ignored[f"{model.name}: {name}"] = "a buffer that the donor does not keep"
             else:
                 extra.append(name)
-        if extra:
+        if extra and recipe.missing != "error":
+            taken.update(extra)
+            result.slots.extend(_slot(name, model.anatomy.parts[name], _all_of(models), models, 0.0) for name in extra)
+        elif extra:
             result.problems.append(ExtraTensors(model.name, giver.name, extra))
+
+
+def _all_of(models: Sequence[Model]) -> Section:
+    """Every model, without settings: where the tensors belong that the donor lacks."""
+    scope = Scope("recipe", ("parameters",), {})
+    every = (Contributor(index, model.planned.ref.text, (0, 0), scope, False) for index, model in enumerate(models))
+    return Section("beyond the donor", tuple(every), (scope,))
 
 
 class ExtraTensors(InputError):
@@ -297,7 +310,8 @@ class ExtraTensors(InputError):
         super().__init__(
             f"model {model} has {len(names)} tensor{'s' if len(names) > 1 else ''} that {donor} lacks",
             where=shown,
-            fix=f"drop {model}, or leave these tensors out with `allow: [extra_tensor]` (--allow extra_tensor)",
+            fix=f"drop {model}, or leave these tensors out with `allow: [extra_tensor]` (--allow extra_tensor), "
+            "or keep them with `missing: copy`",
         )
         self.names = tuple(names)
         self.model = model

@@ -67,7 +67,7 @@ def _missing_error(names: Sequence[str], lacking: Sequence[str], having: Sequenc
         f"{_tensors(names)} {verb} missing in {', '.join(lacking)}",
         where=[f"present in {', '.join(having) or 'none of the models'}", *_listed(names)],
         fix="drop the model that lacks them, or merge them from those that have them with `allow: [missing_tensor]` "
-        "(--allow missing_tensor)",
+        "(--allow missing_tensor), or say `missing: skip` or `missing: copy`",
     )
 
 

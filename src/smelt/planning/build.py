@@ -14,7 +14,10 @@ from smelt.planning.alike import AlikeProblems
 from smelt.planning.anatomy import Role
 from smelt.planning.entries import Action, Entry, Input, Plan
 from smelt.planning.explain import number_text
+from smelt.planning.lines import PARAMETER, scaled
 from smelt.planning.locate import Model
+from smelt.planning.low_rank import factored, is_scale
+from smelt.planning.missing import Uncommon
 from smelt.planning.quantised import dequantised, quantised
 from smelt.planning.sections import sections
 from smelt.planning.tokens import choose_tokens
@@ -22,6 +25,7 @@ from smelt.recipe.canonical import digest
 from smelt.recipe.check import notes
 from smelt.recipe.schema import Recipe
 from smelt.recipe.select import Found, Level, resolve, unmatched
+from smelt.recipe.settings import has_gradient
 from smelt.specs import TensorSpec
 
 
@@ -58,20 +62,31 @@ class _Builder:
         self._mixed: dict[tuple[str, ...], int] = {}
         self._alike = AlikeProblems()
         self._quantised: dict[int, InputError] = {}
+        self._lengths: dict[str, int] = dict(self.models[self.donor].anatomy.stacks)
+        self._uncommon = Uncommon(recipe.missing, self.models, donor=self.donor)
+        self._restacked: frozenset[str] = frozenset()
 
     def plan(self) -> Plan:
         found, problems = sections(self.recipe, self.info, self.models, self.place)
         raise_all(problems)
         alignment = align(self.recipe, self.models, found, donor=self.donor)
+        self._lengths.update({stack: len(layers) for stack, layers in alignment.restacked.items()})
+        if self.recipe.lines is not None and not self._lengths:
+            what = f"`lines` scales by layer, and no layers were found in {self.models[self.donor].name}"
+            self.problems.append(RecipeError(what, where=self.recipe.where("lines"), fix="set `lambda` instead"))
         self._alignment_problems(alignment)
+        self._restacked = frozenset(alignment.restacked)
         self._quantised = quantised(self.models)
         tokens = choose_tokens(self.recipe, self.models, self.opened, donor=self.donor, allow=self.allow)
         self.problems.extend(tokens.problems)
         self.notes.extend(tokens.notes)
         self.warnings.extend(tokens.warnings)
         entries = [entry for slot in alignment.slots if (entry := self._entry(slot)) is not None]
+        if not alignment.restacked and (wrong := self._uncommon.contradiction(entries, self.models[self.donor].config)):
+            self.problems.append(wrong)
         raise_all([*self._quantised.values(), *self._alike.errors(), *self.problems])
-        self._report(alignment)
+        alignment.ignored.update(self._uncommon.ignored(entries))
+        self._report(alignment, entries)
         head = self.models[self.donor].anatomy.head or any(entry.part.role is Role.HEAD for entry in entries)
         return Plan(
             method=self.info.name,
@@ -104,6 +119,9 @@ class _Builder:
         if slot.section.copied:
             return self._copy(slot, Input(self.donor, giver.source.tensors[slot.name]), "its part is in no module")
         present = [i for i, tensor in enumerate(slot.tensors) if tensor is not None]
+        if len(present) < len(slot.tensors) and self._uncommon.decides:
+            source = self._uncommon.settle(slot, restacked=slot.part.stack in self._restacked)
+            return None if source is None else self._copy(slot, source, self._uncommon.reason)
         if len(present) < len(slot.tensors):
             lacking = [slot.section.contributors[i].text for i in range(len(slot.tensors)) if i not in present]
             if "missing_tensor" not in self.allow or not present:
@@ -119,7 +137,12 @@ class _Builder:
             return self._copy(slot, Input(one.model, tensor), "the models that the method needs lack it")
         tensors = [tensor for _, tensor in contributors]
         if not all(tensor.dtype.floating for tensor in tensors):
+            if slot.name.rpartition(".")[2] in _COUNTERS and not tensors[0].shape:
+                one, tensor = (bases or contributors)[0]
+                return self._copy(slot, Input(one.model, tensor), f"a counter, not a parameter: that of {one.text}")
             return self._carried(slot, contributors)
+        if is_scale(slot.name, [self.models[one.model].source.tensors for one, _ in contributors]):
+            return self._carried(slot, contributors, "the scale of a LoRA pair is not averaged")
         drawing = [one for one in slot.section.contributors if not one.is_base]
         streams = {id(one): place for place, one in enumerate(drawing)}
         values, origins = self._values(slot, [one for one, _ in inputs], [tensor for _, tensor in inputs])
@@ -222,7 +245,9 @@ class _Builder:
         tensor = giver.source.tensors[slot.name]
         return self._copy(slot, Input(self.donor, tensor), "a buffer, not a parameter: the donor's")
 
-    def _carried(self, slot: Slot, contributors: Sequence[tuple[Any, TensorSpec]]) -> Entry | None:
+    def _carried(
+        self, slot: Slot, contributors: Sequence[tuple[Any, TensorSpec]], why: str | None = None
+    ) -> Entry | None:
         """A tensor that cannot be averaged: the same bytes in every model, checked before anything is written."""
         codes = {tensor.dtype.code for _, tensor in contributors}
         if len(codes) > 1 and any(one.model in self._quantised for one, _ in contributors):
@@ -232,7 +257,9 @@ class _Builder:
                 InputError(
                     f"tensor '{slot.name}' has types that cannot be merged",
                     where=[f"{one.text}  {tensor}" for one, tensor in contributors],
-                    fix="only floating types are merged: drop the model that stores other numbers",
+                    fix="only floating types are merged: drop the model that stores other numbers"
+                    if why is None
+                    else f"{why}: store it with one type in all models",
                 )
             )
             return None
@@ -245,7 +272,7 @@ class _Builder:
             Action.EQUAL if len(contributors) > 1 else Action.COPY,
             self.info.name,
             tuple(Input(one.model, tensor) for one, tensor in contributors),
-            reason=f"{first.dtype} numbers are never averaged: copied, and the same in every model",
+            reason=f"{why or f'{first.dtype} numbers are never averaged'}: copied, and the same in every model",
         )
 
     # --- numbers ------------------------------------------------------------------------------------------------
@@ -272,6 +299,11 @@ class _Builder:
                 row.append(value)
                 places.append(origin)
             values[name], origins[name] = tuple(row), tuple(places)
+        lines = self.recipe.lines
+        if lines is not None and values.get(PARAMETER) is not None:
+            found = origins[PARAMETER]
+            scale = scaled(values[PARAMETER], found, lines, part=slot.part, lengths=self._lengths)
+            values[PARAMETER], origins[PARAMETER] = scale.value, scale
         missing = any(v is None or (isinstance(v, tuple) and None in v) for v in values.values())
         return (None if missing else values), origins
 
@@ -317,7 +349,7 @@ class _Builder:
         if len(names) > 1:
             self._mixed[names] = self._mixed.get(names, 0) + 1
 
-    def _report(self, alignment: Alignment) -> None:
+    def _report(self, alignment: Alignment, entries: Sequence[Entry]) -> None:
         self.notes.extend(alignment.notes)
         self.notes.extend(notes(self.recipe))
         self.notes.extend(note for model in self.models if (note := dequantised(model)) is not None)
@@ -327,6 +359,10 @@ class _Builder:
         known = {tensor for model in self.models for tensor in model.source.tensors}
         known.update(slot.name for slot in alignment.slots)
         self.warnings.extend(unmatched(self.recipe, sorted(known)))
+        self.warnings.extend(self._uncommon.warnings())
+        if (told := factored(entries)) is not None:
+            self.warnings.append(told)
+        self._warn_of_gradients()
         if alignment.ignored:
             reasons: dict[str, int] = {}
             for reason in alignment.ignored.values():
@@ -336,12 +372,32 @@ class _Builder:
                 for reason, count in reasons.items()
             )
 
+    def _warn_of_gradients(self) -> None:
+        """A gradient over names without numbered layers says one thing and does another."""
+        if self.models[self.donor].anatomy.stacks:
+            return
+        scopes = {scope.path: scope for block in self.recipe.blocks() for scope in block.scopes}
+        for block in self.recipe.blocks():
+            own = [block.source_scope(index) for index in range(len(block.sources))]
+            scopes.update({scope.path: scope for scope in own})
+        for scope in scopes.values():
+            for name, setting in scope.parameters.items():
+                if has_gradient(setting):
+                    self.warnings.append(
+                        f"{self.recipe.position(*scope.path, name)}: the gradient of `{name}` has no effect but its "
+                        f"first value: the tensors of {self.models[self.donor].name} are in no numbered layers"
+                    )
+
     def _tied(self, head: bool) -> bool:
         """Whether the merged model's config ties its head: never where a head of its own might differ."""
         declared = [_declares_tied(model) for model in self.models]
         if not head:
             return self.models[self.donor].anatomy.tied
         return all(declared)
+
+
+_COUNTERS = frozenset(("num_batches_tracked", "num_updates"))
+"""What training counts (batch norm, moving averages): neither averaged, nor the same in two models."""
 
 
 def _declares_tied(model: Model) -> bool:

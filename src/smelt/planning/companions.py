@@ -8,13 +8,15 @@ from __future__ import annotations
 import copy
 import fnmatch
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smelt.planning.anatomy import layer_lists, layer_numbers, other_count_keys
 from smelt.planning.build import output_dtype
 from smelt.planning.entries import Plan
 from smelt.planning.locate import Model
+from smelt.storage.layout import METADATA, STEM
 from smelt.tokens import chat
 
 OF_DONOR = (
@@ -46,6 +48,43 @@ OF_TOKENIZER = (
     "chat_template.json",
 )
 """What is taken from the model that gives the tokenizer."""
+
+
+def weight_stem(donor: Model) -> str:
+    """What the output's weight files are called: as those of a part of a pipeline are, else as those of a model."""
+    if donor.config is None or library(donor.config) != "diffusers":
+        return STEM
+    return _OF_PART if all(info.name.startswith(_OF_PART) for info in donor.source.files) else STEM
+
+
+def library(config: Mapping[str, object] | None) -> str | None:
+    """The library that a config is written for; None without one."""
+    if config is None:
+        return None
+    return "diffusers" if isinstance(config.get("_class_name"), str) else "transformers"
+
+
+def metadata(donor: Model) -> dict[str, str]:
+    """The `__metadata__` of the output's weight files: `format: pt`, and of a donor in one file what is plain text.
+
+    Left out are hashes, which would be wrong of other tensors, and what is binary (pictures in `data:` form).
+    """
+    kept = donor.source.metadata if len(donor.source.files) == 1 else {}
+    plain = {
+        key: text for key, text in kept.items() if key not in METADATA and not _FALSE.match(key) and _is_plain(text)
+    }
+    return {**METADATA, **plain}
+
+
+def _is_plain(text: str) -> bool:
+    return not text.startswith("data:") and text.translate(_LINES).isprintable()
+
+
+_LINES = dict.fromkeys(map(ord, "\n\r\t"))
+_FALSE = re.compile(r"modelspec\.hash|sshs_|(?:sha256|hash|checksum|digest|total_size|total_parameters)$")
+"""What is said of the donor's tensors, and would be wrong of others."""
+_OF_PART = "diffusion_pytorch_model"
+"""What diffusers calls the weights of a part of a pipeline."""
 
 
 def small_files(plan: Plan, models: Sequence[Model], tokenizer: Model) -> dict[str, bytes]:
@@ -93,7 +132,11 @@ def merged_config(plan: Plan, models: Sequence[Model]) -> dict[str, Any] | None:
 def _is_private(key: str, value: object) -> bool:
     """Paths, commits and implementation names begin with `_` and are text; flags such as `_remove_final_layer_norm`
     begin with `_` too, and say what the model is."""
-    return key.startswith("_") and not isinstance(value, bool | int | float)
+    return key.startswith("_") and key not in _OF_DIFFUSERS and not isinstance(value, bool | int | float)
+
+
+_OF_DIFFUSERS = ("_class_name", "_diffusers_version")
+"""What diffusers needs of a config to know what it is of."""
 
 
 def _patch_code(config: dict[str, Any], plan: Plan) -> None:
@@ -166,7 +209,7 @@ def _patch_dtype(config: dict[str, Any], plan: Plan) -> None:
             if isinstance(node.get(key), str):
                 node[key] = dtype.name
                 found = True
-    if not found:
+    if not found and library(config) == "transformers":
         config["torch_dtype"] = dtype.name
 
 

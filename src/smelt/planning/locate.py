@@ -71,7 +71,7 @@ def open_models(
             ref = resolve_name(name, folders=_roots(beside))
             place, published, hub = _find(ref, beside, weights)
             commit = hub.commit if hub is not None else None
-            key = (str(place), commit)
+            key = (os.path.realpath(place), commit)
             if key not in by_place:
                 unique = _unique(published, taken)
                 taken.add(unique)
@@ -174,11 +174,13 @@ def local_folders(names: Mapping[ModelName, Sequence[str]], *, beside: Path | No
 def _find_folder(ref: ModelRef, beside: Path | None) -> tuple[Path | None, list[Path]]:
     """The local folder of a model, or None where only the hub can have it; and the places that were tried."""
     text = ref.path.rstrip("/\\") or ref.path
-    local_only = text.startswith((".", "~", "/", "\\")) or Path(text).is_absolute() or ":" in text
+    local_only = text.startswith((".", "~", "/", "\\")) or Path(text).is_absolute() or ":" in text or _is_file(text)
     here = Path(os.path.expanduser(text))
     tried = [here] if here.is_absolute() else [root / here for root in _roots(beside)]
     for folder in tried:
         if os.path.exists(folder):
+            if _is_file(folder.name) and folder.is_file():  # a link of that name may lead to a file of any name
+                return folder.parent.resolve() / folder.name, tried
             return folder.resolve(), tried
     if local_only or not _HUB_ID.fullmatch(text):
         raise InputError(f"there is no model at '{ref.text}'", where=_missing(tried), fix=_near_folder(tried))
@@ -200,14 +202,21 @@ def _find(ref: ModelRef, beside: Path | None, weights: bool) -> tuple[Path, str,
 
 
 def _missing(tried: list[Path]) -> list[str]:
-    return [f"no such folder: {folder}" for folder in tried]
+    return [f"no such {'file' if _is_file(path.name) else 'folder'}: {path}" for path in tried]
+
+
+def _is_file(name: str) -> bool:
+    """Whether a name is that of a weight file: never a repository of the hub."""
+    return name.endswith(".safetensors")
 
 
 def _near_folder(tried: list[Path], otherwise: str | None = None) -> str:
     """A folder beside the missing one whose name is close, as a question."""
     for folder in tried:
         if os.path.isdir(folder.parent):
-            close = nearest(folder.name, sorted(path.name for path in folder.parent.iterdir() if path.is_dir()))
+            there = (path for path in folder.parent.iterdir() if _is_file(path.name) or path.is_dir())
+            alike = [path.name for path in there if _is_file(path.name) == _is_file(folder.name)]
+            close = nearest(folder.name, sorted(alike))
             if close:
                 return f"did you mean {folder.parent / close}?"
     return otherwise or "paths are relative to the recipe's folder, or to the working folder"

@@ -73,12 +73,14 @@ class _Writer:
             slices=[self._slice(part) for part in body.slices or ()],
             modules={name: self._module(module) for name, module in modules},
             parameters=_parameters(body.parameters),
+            lines=None if body.lines is None else {"alpha": _plain(body.lines.alpha), "beta": _plain(body.lines.beta)},
             dtype=_dtype(body.dtype),
             out_dtype=_dtype(body.out_dtype),
             tokenizer_source=self._vocabulary(body.tokenizer_source),
             tokenizer=None if body.tokenizer is None else self._tokenizer(body.tokenizer),
             chat_template=body.chat_template,
             allow=sorted(set(body.allow)),
+            missing=None if body.missing == "error" else body.missing,
         )
 
     def _source(self, source: Source) -> dict[str, Any]:

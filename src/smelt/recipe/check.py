@@ -27,7 +27,7 @@ def check_parameters(recipe: Recipe, *, present_only: bool = False) -> list[Smel
 
 def _own_problems(recipe: Recipe, *, present_only: bool) -> list[SmeltError]:
     """The problems of one merge, those that it is made of apart."""
-    problems = _foreign_paths(recipe)
+    problems = [*_foreign_paths(recipe), *_twice_answered(recipe)]
     if recipe.merge_method not in api.names():
         unknown = f"unknown merge_method '{visible(recipe.merge_method)}'"
         where = recipe.where("merge_method", value=True)
@@ -59,6 +59,21 @@ def _foreign_paths(recipe: Recipe) -> list[SmeltError]:
             message = f"'{visible(name.text)}' is a Windows path, and this is not Windows"
             problems.append(RecipeError(message, where=recipe.where(*path, value=True), fix=fix))
     return problems
+
+
+def _twice_answered(recipe: Recipe) -> list[SmeltError]:
+    """`missing` and `allow` that both say what becomes of tensors that not all models have."""
+    both = sorted({"missing_tensor", "extra_tensor"} & set(recipe.allow))
+    if recipe.missing == "error" or not both:
+        return []
+    words = " and ".join(f"`{word}`" for word in both)
+    return [
+        RecipeError(
+            f"`missing: {recipe.missing}` and {words} under `allow` contradict each other",
+            where=[*recipe.where("missing"), *recipe.where("allow")],
+            fix=f"keep one: `missing` says what becomes of every tensor that not all models have; drop {words}",
+        )
+    ]
 
 
 def _may_hide_base(block: Block, info: MethodInfo) -> bool:
@@ -101,6 +116,12 @@ class _Check:
         for scope, of_model in _scopes(recipe):
             for name, setting in scope.parameters.items():
                 self._parameter(name, setting, (*scope.path, name), of_model=of_model)
+        if recipe.lines is not None and "lambda" not in self.info.fields:
+            self._report(
+                f"{self.info.name} has no `lambda`, which `lines` scales by layer",
+                ("lines",),
+                "remove `lines:`, or use a method with `lambda`, such as task_arithmetic or ties",
+            )
         for block in () if present_only else recipe.blocks():
             self._models(block)
             self._required(block)

@@ -14,13 +14,14 @@ from pydantic import BaseModel, ValidationError
 from smelt.errors import RecipeError, nearest
 from smelt.recipe.document import Document, KeyPath, visible
 from smelt.recipe.faults import FAULT, Fault, describe
-from smelt.recipe.schema import Module, Recipe, Slice, Source, Step, Tokenizer, TokenRule
+from smelt.recipe.schema import Lines, Module, Recipe, Slice, Source, Step, Tokenizer, TokenRule
 
 _PLACES: dict[type[BaseModel], str] = {
     Recipe: "to the top of the recipe",
     Source: "beside `model:`",
     Slice: "into an entry of `slices:`",
     Module: "into an entry of `modules:`",
+    Lines: "under `lines:`",
     Tokenizer: "under `tokenizer:`",
     TokenRule: "under a token of `tokenizer: tokens:`",
 }
@@ -121,6 +122,8 @@ def _translate(path: KeyPath, detail: Any) -> Fault:
 _MISSING = {
     "merge_method": "add `merge_method: linear` (`smelt methods` lists them)",
     "model": "add `model: ORG/NAME` or a folder",
+    "alpha": "add `alpha: ...`, the factor of the first layer",
+    "beta": "add `beta: ...`, how much more the last layer gets than the first",
     "sources": "add `sources:` with a list of `model:` and `layer_range:`",
 }
 

@@ -1,4 +1,4 @@
-"""The recipe language: MergeKit's YAML, strict, with a few keys more: `merges`, `methods`, `allow`, `match:` and more.
+"""The recipe language: MergeKit's YAML, strict, with a few keys more: `merges`, `methods`, `missing`, `match:`.
 
 These records hold what a recipe says and no defaults of methods. `parse.parse`, `parse.load` and `parse.from_dict` make
 them; that is where problems are put into words.
@@ -33,6 +33,7 @@ __all__ = [
     "Case",
     "Conditional",
     "Gradient",
+    "Lines",
     "ModelName",
     "Module",
     "Recipe",
@@ -121,6 +122,8 @@ Vocabulary: TypeAlias = Annotated[
     ModelName | Literal["union", "base"], PlainValidator(_read_vocabulary), WithJsonSchema(_NAME_SCHEMA)
 ]
 Relaxation = Literal["extra_tensor", "missing_tensor", "nonfinite", "vocabulary"]
+Missing = Literal["error", "skip", "copy"]
+"""What becomes of a tensor that not all models have."""
 
 
 class Record(BaseModel):
@@ -221,6 +224,25 @@ class Block:
         return Scope(f"model {source.model}", (*self.path, index, "parameters"), source.parameters)
 
 
+def _read_number(value: Any) -> float:
+    setting = read_setting(value)
+    if not isinstance(setting, Scalar) or isinstance(setting.value, (bool, str)):
+        refuse([Fault(f"a factor of `lines` must be one number, not {describe(value)}")])
+    return float(setting.value)
+
+
+Number: TypeAlias = Annotated[
+    float, PlainValidator(_read_number), WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]})
+]
+
+
+class Lines(Record):
+    """LiNeS: the merged task vector of layer ℓ of L is scaled by alpha + beta (ℓ − 1) / (L − 1)."""
+
+    alpha: Number
+    beta: Number
+
+
 class Body(Record):
     """What one merge is made of, and how."""
 
@@ -230,12 +252,14 @@ class Body(Record):
     slices: Many[Slice] | None = None
     modules: Annotated[dict[str, Module], Field(min_length=1)] | None = None
     parameters: Parameters = Field(default_factory=dict)
+    lines: Lines | None = None
     dtype: DTypeName | None = None
     out_dtype: DTypeName | None = None
     tokenizer_source: Vocabulary | None = None
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     allow: Annotated[tuple[Relaxation, ...], Field(strict=False)] = ()
+    missing: Missing = "error"
 
 
 class Step(Body):

@@ -83,6 +83,12 @@ def scalars(setting: Setting, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Pla
             yield from scalars(case.value, (*path, index, "value"))
 
 
+def has_gradient(setting: Setting) -> bool:
+    """Whether the value of a setting, or of one of its cases, depends on the layer."""
+    values = [case.value for case in setting.cases] if isinstance(setting, Conditional) else [setting]
+    return any(isinstance(value, Gradient) and len(set(value.values)) > 1 for value in values)
+
+
 def read_setting(value: Any) -> Setting:
     """A setting from plain values. A numeric text (`"1e-5"`) is a number, YAML 1.1's yes/no/on/off are booleans.
 

@@ -7,6 +7,7 @@ from arrays. Which files make a checkpoint is decided by `sources`.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from smelt.errors import InputError
+from smelt.errors import InputError, StorageError
 from smelt.specs import TensorSpec
 from smelt.storage import files, paths, strict_json
 from smelt.storage.files import Buffer, ReadFile, Stamp
@@ -101,7 +102,10 @@ class TensorSource(Protocol):
 
 
 class Checkpoint:
-    """A model in a folder of safetensors files. Safe from many threads; files are opened at first use and kept."""
+    """A model in a folder of safetensors files. Safe from many threads; files are opened at first use and kept.
+
+    `alone`: the model is one file, and the other files of its folder are none of its own.
+    """
 
     def __init__(
         self,
@@ -111,6 +115,7 @@ class Checkpoint:
         tensors: Mapping[str, TensorSpec],
         weight_files: Sequence[FileInfo],
         metadata: Mapping[str, str],
+        alone: bool = False,
     ) -> None:
         self.name = name
         self.root: Path | None = root
@@ -118,6 +123,7 @@ class Checkpoint:
         self.files = tuple(weight_files)
         self.metadata: dict[str, str] = dict(metadata)
         self._folder = root
+        self._alone = alone
         self._infos = {info.name: info for info in self.files}
         self._open: dict[str, ReadFile] = {}
         self._lock = threading.Lock()
@@ -154,10 +160,12 @@ class Checkpoint:
             return self._open[name]
 
     def path(self, name: str) -> Path | None:
-        """The real path of a file of the folder, or None when there is none.
+        """The real path of a file of the folder, or None when there is none, or the model is one file alone.
 
         Raises InputError for a name or link that leaves the folder, and for what is not a regular file.
         """
+        if self._alone and name not in self._infos:
+            return None
         if paths.is_plain_name(name) and files.kind(self._folder / name) is None:
             return None
         real = paths.inside(self._folder, name, label=self.name)
@@ -182,7 +190,7 @@ class Checkpoint:
         """The regular files of the folder that hold no weights, sorted; hidden ones are left out."""
         return [
             name
-            for name in files.list_folder(self._folder)
+            for name in ([] if self._alone else files.list_folder(self._folder))
             if not name.startswith(".")
             and not name.endswith(WEIGHT_SUFFIXES)
             and files.kind(self._folder / name) == "file"
@@ -193,11 +201,12 @@ class Checkpoint:
         return [info.name for info in self.files if files.stamp(info.path) != info.stamp]
 
     def close(self) -> None:
-        """Close all files. No read may be under way."""
+        """Close all files. No read may be under way. Nothing is lost by what the system refuses here."""
         with self._lock:
             self._closed = True
             while self._open:
-                self._open.popitem()[1].close()
+                with contextlib.suppress(StorageError):
+                    self._open.popitem()[1].close()
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -224,6 +224,21 @@ class WriteFile:
             written = system("write", self.path, _write_some, *args, needed=len(view))
             view, offset = view[written:], offset + written
 
+    def append(self, data: Buffer) -> None:
+        """Write `data` at the end, which moves. After an error, what stands there is unknown."""
+        offset, self.size = self.size, self.size + len(flat(data))
+        self.write_at(offset, data)
+
+    def cut(self, size: int) -> None:
+        """Drop what lies beyond byte `size`."""
+        system("cut", self.path, os.ftruncate, self._descriptor, size)
+        self.size = size
+
+    def reserve(self) -> None:
+        """Reserve disk space for what is not there yet of the file's size."""
+        if self.size:
+            system("reserve space for", self.path, _reserve, self._descriptor, self.size, needed=self.size)
+
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Read back what was written, filling the whole `buffer`."""
         _read_fully(self._descriptor, self.path, self._lock, offset, buffer)
@@ -254,15 +269,29 @@ def create(path: StrPath, size: int) -> WriteFile:
     """Create a file that must not exist yet, with disk space reserved for `size` bytes; it reads as zeros."""
     path = Path(path)
     descriptor = _open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+    file = WriteFile(descriptor, path, size)
     try:
-        if size:
-            system("reserve space for", path, _reserve, descriptor, size, needed=size)
+        file.reserve()
     except BaseException:
         os.close(descriptor)
         with contextlib.suppress(OSError):
             os.unlink(path)
         raise
-    return WriteFile(descriptor, path, size)
+    return file
+
+
+def reopen(path: StrPath) -> WriteFile:
+    """Open a regular file that is there, for writing and reading; a link is not followed. Raises StorageError."""
+    path = Path(path)
+    descriptor = _open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    try:
+        found = system("look at", path, os.fstat, descriptor)
+        if not stat_bits.S_ISREG(found.st_mode):
+            raise StorageError(f"not a regular file but {_kind(found.st_mode)}", where=[str(path)])
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return WriteFile(descriptor, path, found.st_size)
 
 
 def write_bytes(path: StrPath, data: bytes) -> None:
@@ -338,6 +367,15 @@ def sync_folder(path: StrPath) -> None:
 def rename(source: StrPath, target: StrPath) -> None:
     """Move a file or folder within one file system."""
     system(f"rename to {os.path.basename(target)}", source, os.rename, source, target)
+
+
+def remove_file(path: StrPath) -> None:
+    """Remove a file or a link. Nothing there is no error."""
+    try:
+        system("remove", path, os.unlink, path)
+    except StorageError as error:
+        if code(error) not in _NOT_THERE:
+            raise
 
 
 def remove_folder(path: StrPath) -> None:

@@ -15,8 +15,10 @@ from smelt.errors import InputError
 from smelt.specs import TensorSpec
 from smelt.storage import header
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+STEM = "model"
+"""What weight files are called, unless asked otherwise."""
+SINGLE = f"{STEM}.safetensors"
+INDEX = f"{SINGLE}.index.json"
 METADATA: Mapping[str, str] = {"format": "pt"}
 """What transformers expects to find in the `__metadata__` of a weight file."""
 
@@ -42,20 +44,25 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All weight files of an output, and the index over them (None when one file holds everything)."""
+    """All weight files of an output, and the index over them (None when one file holds everything) with its name."""
 
     shards: tuple[Shard, ...]
     index: bytes | None
     total_bytes: int
     _specs: dict[str, TensorSpec] = field(repr=False)
+    index_name: str = INDEX
 
     def spec(self, name: str) -> TensorSpec:
         """The place of a tensor in the output. Raises KeyError when there is no such tensor."""
         return self._specs[name]
 
 
-def layout(tensors: Sequence[OutputTensor], *, shard_bytes: int, metadata: Mapping[str, str] = METADATA) -> Layout:
+def layout(
+    tensors: Sequence[OutputTensor], *, shard_bytes: int, metadata: Mapping[str, str] = METADATA, stem: str = STEM
+) -> Layout:
     """Lay out `tensors` in files of at most `shard_bytes` bytes of data each; a larger tensor gets a file alone.
+
+    `stem` is what the files' names begin with.
 
     Raises InputError for a name that occurs twice or that a header cannot hold, ValueError for a shard size below 1.
     """
@@ -65,7 +72,8 @@ def layout(tensors: Sequence[OutputTensor], *, shard_bytes: int, metadata: Mappi
     shards = []
     specs: dict[str, TensorSpec] = {}
     for number, group in enumerate(groups, 1):
-        file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        part = "" if len(groups) == 1 else f"-{number:05d}-of-{len(groups):05d}"
+        file = f"{stem}{part}.safetensors"
         shard = _shard(file, group, metadata)
         if not specs.keys().isdisjoint(shard.tensors):
             twice = sorted(specs.keys() & shard.tensors.keys())[0]
@@ -74,7 +82,7 @@ def layout(tensors: Sequence[OutputTensor], *, shard_bytes: int, metadata: Mappi
         shards.append(shard)
     index = _index(specs) if len(shards) > 1 else None
     total = sum(shard.size for shard in shards) + len(index or b"")
-    return Layout(tuple(shards), index, total, specs)
+    return Layout(tuple(shards), index, total, specs, f"{stem}.safetensors.index.json")
 
 
 def _groups(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:

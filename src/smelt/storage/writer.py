@@ -9,50 +9,47 @@ start of every weight file is zero, so no program takes an unfinished file for a
 
 With `overwrite`, an existing OUT is first renamed to `.OUT.smelt-old`, and removed after step 3. A crash between
 the two renames leaves no OUT but a whole `.OUT.smelt-old`; the next run on OUT (or `heal`) puts it back.
+
+A build that is given a head (what the merge is) keeps a journal of its finished tensors. A later one with the same head
+goes on where it ended, whatever ended it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from smelt.errors import SmeltError, StorageError
-from smelt.storage import files, paths
+from smelt.storage import files, journal, paths
 from smelt.storage.copying import copy_range
-from smelt.storage.files import Buffer, Lock, ReadFile, WriteFile, flat, size_text
+from smelt.storage.files import Buffer, Lock, ReadFile, WriteFile, flat
 from smelt.storage.header import PREFIX
-from smelt.storage.layout import INDEX, Layout, OutputTensor, Shard, layout
+from smelt.storage.journal import Finished, Found, Journal
+from smelt.storage.layout import Layout, OutputTensor, Shard, layout
+from smelt.storage.places import (
+    Places,
+    check_out,
+    check_space,
+    check_target,
+    heal,
+    heal_locked,
+    make_parents,
+    remove,
+    remove_stale,
+    unmake,
+)
 from smelt.storage.signals import held
 
 __all__ = ["Build", "Layout", "OutputTensor", "Shard", "check_out", "heal", "layout"]
 
 _log = logging.getLogger(__name__)
-_MARGIN = 16 << 20
-"""Bytes of free space asked for beyond the weights: configs, tokenizer, record."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Places:
-    """The three folders of one output; all in one parent, so that a rename moves them."""
-
-    out: Path
-    build: Path
-    old: Path
-
-    @classmethod
-    def of(cls, out: Path) -> _Places:
-        """The places for `out`, links in it followed. Raises StorageError for what cannot be an output folder."""
-        if os.path.islink(out) and files.kind(out) == "link":
-            raise StorageError("the output is a link that leads nowhere", where=[str(out)], fix="remove the link")
-        out = Path(os.path.realpath(out))
-        if not out.name:
-            raise StorageError("the output cannot be the root folder", where=[str(out)])
-        return cls(out, out.with_name(f".{out.name}.smelt-build"), out.with_name(f".{out.name}.smelt-old"))
+_FINAL = frozenset({2, 3, 5})
+"""Exit codes of errors that would come again: what was written before them is of no use."""
 
 
 class Build:
@@ -61,56 +58,121 @@ class Build:
     `write`, `take` and `read_back` are safe from many threads; the other methods belong to one thread.
     """
 
-    def __init__(self, places: _Places, layout: Layout, *, overwrite: bool, lock: Lock, made: list[Path]) -> None:
+    def __init__(
+        self, places: Places, layout: Layout, *, overwrite: bool, resume: bool, lock: Lock, made: list[Path]
+    ) -> None:
         self.out = places.out
         self.folder = places.build
         self.layout = layout
+        self.resumed: tuple[Finished, ...] = ()
+        """The tensors that an earlier build has written, found to be as they were."""
+        self.discarded = False
+        """Whether the unfinished output of an earlier build was removed."""
         self._places = places
         self._overwrite = overwrite
+        self._resume = resume
         self._lock = lock
         self._made = made
         self._open: dict[str, WriteFile] = {}
         self._written: dict[str, int] = {}
         self._counting = threading.Lock()
+        self._journal: Journal | None = None
+        self._journaled = False
+        self._known: set[str] = set()
+        self._anchored = False
+        self._unsound = False
         self._done = False
 
     @classmethod
-    def start(cls, out: Path, layout: Layout, *, overwrite: bool) -> Build:
+    def start(
+        cls,
+        out: Path,
+        layout: Layout,
+        *,
+        overwrite: bool,
+        head: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ) -> Build:
         """Check that `out` can be written, and lay out all files with their disk space reserved.
 
+        With a `head` (JSON values that say what merge this is) a journal is kept. With `resume`, an unfinished output
+        of the same head is taken over: its sound tensors are in `resumed`, and need not be written again. Then an
+        interrupt or an error of the system leaves what was written, for another build to go on with.
+
         Raises StorageError, before anything is changed, when `out` is a file, a dangling link, a non-empty folder
-        (without `overwrite`) or where another run is writing, and when the space does not suffice.
+        (without `overwrite`) or where another run is writing, when the space does not suffice, and when what is to
+        be resumed has another head.
         """
-        places = _Places.of(Path(out))
-        made = _make_parents(places.out)
+        places = Places.of(Path(out))
+        made = make_parents(places.out)
         try:
             lock = files.lock_folder(places.build)
         except BaseException:
-            _unmake(made)
+            unmake(made)
             raise
-        build = cls(places, layout, overwrite=overwrite, lock=lock, made=made)
+        build = cls(places, layout, overwrite=overwrite, resume=resume and head is not None, lock=lock, made=made)
         try:
-            _heal(places)
-            _check_target(places.out, overwrite=overwrite)
-            _remove_stale(places.build)
-            _check_space(places.out.parent, layout.total_bytes)
+            heal_locked(places)
+            check_target(places.out, overwrite=overwrite)
+            found = build._to_resume(head) if resume and head is not None else None
+            if found is None:
+                build.discarded = remove_stale(places)
+                check_space(places.out.parent, layout.total_bytes)
         except BaseException:
             lock.release()
-            _unmake(made)
+            unmake(made)
             raise
         try:
-            build._lay_out()
-        except BaseException:
-            build._abandon_quietly()
+            if found is None:
+                build._lay_out(head)
+            else:
+                build._take_over(found)
+        except BaseException as error:
+            build._end_after(error)
             raise
         return build
 
-    def _lay_out(self) -> None:
+    def _lay_out(self, head: Mapping[str, Any] | None) -> None:
         files.make_folder(self.folder)
         for shard in self.layout.shards:
             file = files.create(self.folder / shard.file, shard.size)
             self._open[shard.file] = file
             file.write_at(PREFIX, shard.header[PREFIX:])  # the length stays zero until commit
+        if head is not None:
+            self._journaled = True
+            self._journal = Journal.create(self._places.journal, head, self._sync_weights)
+
+    def _to_resume(self, head: Mapping[str, Any]) -> Found | None:
+        """The journal of an unfinished output that is there whole; None where there is none."""
+        if files.is_link(self.folder) or files.kind(self.folder) != "folder":
+            return None
+        found = journal.read(self._places.journal)
+        if found is None:
+            return None
+        if lines := journal.differences(found.head, head):
+            raise journal.cannot_go_on(self.folder, lines)
+        for shard in self.layout.shards:
+            there = files.stamp(self.folder / shard.file)
+            if there is None or there[0] != shard.size or files.kind(self.folder / shard.file) != "file":
+                return None
+        return found
+
+    def _take_over(self, found: Found) -> None:
+        """Open the weight files of an earlier build, and see which of its tensors are what its journal says."""
+        self._journaled = True
+        self._known = set(found.finished)
+        self._journal = Journal.go_on(self._places.journal, found, self._sync_weights)
+        for shard in self.layout.shards:
+            file = files.reopen(self.folder / shard.file)
+            self._open[shard.file] = file
+            file.write_at(0, bytes(PREFIX) + shard.header[PREFIX:])
+            file.reserve()
+        for name in files.list_folder(self.folder):
+            if name not in self._open:  # the small files, of a build that ended in its commit
+                remove(self.folder / name)
+        self.resumed = tuple(journal.trusted(found, self.layout, self.read_back))
+        self._known = {finished.name for finished in self.resumed}
+        self._written = {name: self.layout.spec(name).nbytes for name in self._known}
 
     # --- filling it ---------------------------------------------------------------------------------------------
 
@@ -141,6 +203,12 @@ class Build:
             raise ValueError(f"a buffer of {size} bytes for bytes [{start}, {stop}) of {name}")
         file.read_into(offset, buffer)
 
+    def finished(self, tensor: Finished) -> None:
+        """Note in the journal that a tensor is written whole. Raises StorageError when the journal cannot be kept."""
+        if self._journal is not None:
+            spec = self.layout.spec(tensor.name)
+            self._journal.add(tensor, file=spec.file, nbytes=spec.nbytes)
+
     def put(self, file_name: str, data: bytes) -> None:
         """Add a small file; durable on return.
 
@@ -164,10 +232,27 @@ class Build:
         return self._open[spec.file], spec.offset + start
 
     def _beside(self, file_name: str) -> Path:
-        taken = {INDEX, *self._open}
+        taken = {self.layout.index_name, *self._open}
         if not paths.is_plain_name(file_name) or file_name in taken or self._done:
             raise ValueError(f"cannot add {file_name!r} to the output")
         return self.folder / file_name
+
+    def _sync(self, file: WriteFile) -> None:
+        """Make a weight file durable. Where that fails, a later sync may pass though data were lost: trust no more."""
+        try:
+            file.sync()
+        except StorageError:
+            self._unsound = True
+            raise
+
+    def _sync_weights(self, names: Iterable[str]) -> None:
+        """What the journal asks for before it speaks of tensors in these files."""
+        for name in sorted(names):
+            self._sync(self._open[name])
+        if not self._anchored:
+            files.sync_folder(self.folder)
+            files.sync_folder(self.folder.parent)
+            self._anchored = True
 
     # --- ending it ----------------------------------------------------------------------------------------------
 
@@ -180,24 +265,25 @@ class Build:
         if self._done:
             raise ValueError("the build is already committed or abandoned")
         self._check_complete()
+        if self._journal is not None:
+            self._journal.close(flush=self._resume)  # where the commit may fail and be tried again
         opened = [(self._open[shard.file], shard.header[:PREFIX]) for shard in self.layout.shards]
         for file, _ in opened:
-            file.sync()
+            self._sync(file)
         for file, length in opened:
             file.write_at(0, length)
         for file, _ in opened:
-            file.sync()
+            self._sync(file)
             file.close()
         if self.layout.index is not None:
-            files.write_bytes(self.folder / INDEX, self.layout.index)
+            files.write_bytes(self.folder / self.layout.index_name, self.layout.index)
         files.sync_folder(self.folder)
         with held():  # from the rename on the output is complete, and what is left is soon done
             replaced = self._take_the_name()
             self._done = True
             try:
                 self._make_name_durable()
-                if replaced:
-                    self._remove_old()
+                self._remove_leftovers(replaced=replaced)
             finally:
                 self._lock.release()
 
@@ -214,7 +300,7 @@ class Build:
     def _take_the_name(self) -> bool:
         """Rename the build to OUT; an OUT in the way goes to `.OUT.smelt-old`. True when there was one."""
         out, old = self._places.out, self._places.old
-        _check_target(out, overwrite=self._overwrite)  # somebody may have put something there meanwhile
+        check_target(out, overwrite=self._overwrite)  # somebody may have put something there meanwhile
         if files.kind(out) is None:
             files.rename(self.folder, out)
             return False
@@ -225,9 +311,12 @@ class Build:
         try:
             files.rename(out, old)
             files.rename(self.folder, out)
-        except BaseException:  # an interrupt can come after either rename, so look what is there
-            if files.kind(out) is None and files.kind(old) is not None:
-                files.rename(old, out)
+        except BaseException as error:  # an interrupt can come after either rename, so look what is there
+            try:
+                if files.kind(out) is None and files.kind(old) is not None:
+                    files.rename(old, out)
+            except StorageError:
+                error.add_note(f"the former output is in {old}: the next merge to {out.name} puts it back")
             raise
         return True
 
@@ -242,11 +331,14 @@ class Build:
                 fix="check the disk",
             ) from error
 
-    def _remove_old(self) -> None:
+    def _remove_leftovers(self, *, replaced: bool) -> None:
         try:
-            files.remove_tree(self._places.old)
+            if self._journaled:
+                files.remove_file(self._places.journal)
+            if replaced:
+                files.remove_tree(self._places.old)
         except StorageError as error:  # the output is complete; the next run on it tries again
-            _log.warning("the replaced output could not be removed: %s", error)
+            _log.warning("what is no longer needed could not be removed: %s", error)
 
     def abandon(self) -> None:
         """Close and remove everything that was begun; OUT is untouched. Does nothing after commit."""
@@ -255,160 +347,53 @@ class Build:
         self._done = True
         with held():
             try:
-                for file in self._open.values():
-                    with contextlib.suppress(StorageError):  # nobody will miss what it held
-                        file.close()
+                self._close(flush=False)
+                if self._journaled:
+                    files.remove_file(self._places.journal)
                 files.remove_tree(self.folder)
             finally:
                 self._lock.release()
-                _unmake(self._made)
+                unmake(self._made)
 
-    def _abandon_quietly(self) -> None:
+    def _close(self, *, flush: bool) -> None:
+        """Close all files, the journal's first; nobody will miss what the system refuses here."""
+        if self._journal is not None:
+            with contextlib.suppress(SmeltError):
+                self._journal.close(flush=flush)
+        for file in self._open.values():
+            with contextlib.suppress(StorageError):
+                file.close()
+
+    def _end_after(self, error: BaseException) -> None:
+        """Give up because of `error`: what was written is removed, or with `resume` kept where it may be of use."""
+        if self._done:
+            return
+        final = isinstance(error, SmeltError) and error.exit_code in _FINAL
+        if self._resume and self._journal is not None and not final and not self._unsound:
+            with held():
+                self._close(flush=True)
+                if not self._unsound:
+                    self._done = True
+                    self._lock.release()
+                    error.add_note(self._kept(self._journal.written))
+                    return
         try:
             self.abandon()
-        except SmeltError as error:  # what made us give up matters more
-            _log.warning("the unfinished output could not be removed: %s", error)
+        except SmeltError as second:  # what made us give up matters more
+            _log.warning("the unfinished output could not be removed: %s", second)
+
+    def _kept(self, written: set[str]) -> str:
+        total = sum(len(shard.tensors) for shard in self.layout.shards)
+        return (
+            f"{len(self._known | written)} of {total} tensors are finished and kept: run again with --resume to go on, "
+            f"or remove them with `smelt clean {self.out.parent}`"
+        )
 
     def __enter__(self) -> Build:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, _e: object, _t: TracebackType | None) -> None:
-        if kind is None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _t: TracebackType | None) -> None:
+        if error is None:
             self.abandon()
         else:
-            self._abandon_quietly()
-
-
-def heal(out: Path) -> None:
-    """Undo what a crash during an overwriting commit may have left of `out`; usually there is nothing to do.
-
-    OUT gone: the old one is put back. OUT there: it is complete, and the old one is removed. Raises StorageError when
-    another run is writing, or when OUT was made anew by somebody else.
-    """
-    places = _Places.of(Path(out))
-    if files.kind(places.old) is None:
-        return
-    lock = files.lock_folder(places.build)
-    try:
-        _heal(places)
-    finally:
-        lock.release()
-
-
-def _heal(places: _Places) -> None:
-    """`heal`, with the lock held: no other run is between its two renames."""
-    if files.kind(places.old) is None:
-        return
-    if files.is_empty_folder(places.out):
-        files.remove_folder(places.out)
-    if files.kind(places.out) is None:
-        files.rename(places.old, places.out)
-        files.sync_folder(places.out.parent)
-    elif files.kind(places.build) is None:  # the second rename took place: OUT is the new, complete output
-        files.remove_tree(places.old)
-    else:
-        raise StorageError(
-            "an interrupted run left the former output aside, and the output was made anew since",
-            where=[f"former {places.old}", f"present {places.out}"],
-            fix="keep one of the two: move or remove the other",
-        )
-
-
-# --- checks before anything is written ------------------------------------------------------------------------------
-
-
-def check_out(out: Path, *, overwrite: bool) -> None:
-    """Raise StorageError for an output folder that `Build.start` is sure to refuse; nothing is changed.
-
-    What depends on the size of the output, or on other runs, is left to `Build.start`.
-    """
-    places = _Places.of(Path(out))
-    if files.kind(places.old) is None:  # else an interrupted run is healed first
-        _check_target(places.out, overwrite=overwrite)
-    folder = places.out.parent
-    while files.kind(folder) is None:
-        folder = folder.parent
-    if files.kind(folder) != "folder":
-        raise StorageError("the output's parent is not a folder", where=[str(folder)], fix="choose another place")
-    if not files.may_write(folder):
-        raise StorageError(
-            "the output's folder cannot be written to",
-            where=[str(folder)],
-            fix="check the permissions, or choose another folder",
-        )
-
-
-def _check_target(out: Path, *, overwrite: bool) -> None:
-    there = files.kind(out)
-    if there is None:
-        return
-    if there != "folder":
-        raise StorageError("the output exists and is not a folder", where=[str(out)], fix="choose another name")
-    if os.path.ismount(out):
-        raise StorageError(
-            "the output is a mount point, which cannot be replaced",
-            where=[str(out)],
-            fix="name a folder in it",
-        )
-    if files.is_empty_folder(out):
-        return
-    if not overwrite:
-        raise StorageError(
-            "the output folder is not empty",
-            where=[str(out)],
-            fix="choose another folder, or replace it whole with --overwrite",
-        )
-    places = []
-    for find in (Path.cwd, Path.home):
-        with contextlib.suppress(OSError, RuntimeError):  # a deleted working folder, a user without a home
-            places.append(find().resolve())
-    holds = [place for place in places if place.is_relative_to(out)]
-    if holds or files.kind(out / ".git") is not None:
-        why = f"it holds {holds[0]}" if holds else "it is a git repository"
-        raise StorageError(f"refusing to replace the output folder: {why}", where=[str(out)], fix="choose another")
-
-
-def _check_space(parent: Path, needed: int) -> None:
-    free = files.free_bytes(parent)
-    if free < needed + _MARGIN:
-        raise StorageError(
-            f"not enough space: {size_text(needed + _MARGIN)} needed, {size_text(free)} free",
-            where=[str(parent)],
-            fix=f"free {size_text(needed + _MARGIN - free)}, or choose another disk",
-        )
-
-
-def _remove_stale(build: Path) -> None:
-    """Remove what a run that died has left; the lock that we hold says that nobody is at work there."""
-    if files.is_link(build) or files.kind(build) not in {None, "folder"}:
-        raise StorageError("the build folder's name is taken", where=[str(build)], fix="remove it")
-    files.remove_tree(build)
-
-
-def _make_parents(out: Path) -> list[Path]:
-    """Create the folders above `out` that are missing, and return them, the outermost first."""
-    missing = []
-    folder = out.parent
-    while files.kind(folder) is None:
-        missing.append(folder)
-        folder = folder.parent
-    if files.kind(folder) != "folder":
-        raise StorageError("the output's parent is not a folder", where=[str(folder)], fix="choose another place")
-    made: list[Path] = []
-    try:
-        for folder in reversed(missing):
-            files.make_folder(folder)
-            made.append(folder)
-    except BaseException:
-        _unmake(made)
-        raise
-    return made
-
-
-def _unmake(made: list[Path]) -> None:
-    """Remove the folders that `_make_parents` made, as far as they are still empty."""
-    for folder in reversed(made):
-        try:
-            files.remove_folder(folder)
-        except StorageError:
-            return
+            self._end_after(error)

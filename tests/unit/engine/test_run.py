@@ -16,7 +16,7 @@ from conformance.driver import BF16, F16, F32, F64, Memory, merge, merge_tensors
 from smelt.engine import run as engine
 from smelt.engine.forecast import passes
 from smelt.engine.run import check_equal, default_workers, run
-from smelt.engine.tensor import Budget
+from smelt.engine.tensor import Budget, TensorResult
 from smelt.engine.tiles import TASK
 from smelt.errors import InputError, ManyProblems, NumericError, SmeltError, StorageError
 from smelt.lineage.verify import tensor_digest
@@ -468,3 +468,88 @@ def test_a_reduction_that_is_not_needed_is_none() -> None:
     x = np.array([1.0, 2.0, 3.0], dtype=np.float32)
     found = merge("ties", [x], np.zeros(3, np.float32), values={"weight": (1.0,), "rescale": True})
     assert found.values.tolist() == [1.0, 2.0, 3.0]
+
+
+# Tensors that are there already
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_is_done_is_not_done_again(workers: int) -> None:
+    plan, sources = plan_of("linear", [TENSORS], None, values={"weight": (1.0,)}, out=F32)
+    told: list[TensorResult] = []
+    whole = run(plan, sources, Memory(plan.entries), workers=workers, on_tensor=told.append)
+    assert sorted(told, key=lambda r: r.name) == sorted(whole.tensors, key=lambda r: r.name)
+    done = {result.name: result for result in whole.tensors if result.name in ("layer 0", "layer 7", "layer 11")}
+    watched = Watched(sources[0])
+    sink = Memory(plan.entries)
+    again: list[TensorResult] = []
+    totals: list[tuple[int, int]] = []
+    rest = run(
+        plan,
+        [watched],
+        sink,
+        workers=workers,
+        done=done,
+        on_tensor=again.append,
+        progress=lambda *now: totals.append(now),
+    )
+    assert rest.tensors == whole.tensors
+    assert {name for name, _, _ in watched.reads} == {result.name for result in again} == set(TENSORS) - set(done)
+    assert not sink.data["layer 7"].any()
+    assert totals[-1] == (rest.bytes_read + rest.bytes_written,) * 2
+
+
+def test_nothing_is_left_to_do() -> None:
+    plan, sources = plan_of("linear", [TENSORS], None, values={"weight": (1.0,)}, out=F32)
+    whole = run(plan, sources, Memory(plan.entries))
+    watched = Watched(sources[0])
+    rest = run(plan, [watched], Memory(plan.entries), done={result.name: result for result in whole.tensors})
+    assert rest.tensors == whole.tensors
+    assert watched.reads == []
+
+
+def test_an_error_of_who_is_told_surfaces() -> None:
+    plan, sources = plan_of("linear", [TENSORS], None, values={"weight": (1.0,)}, out=F32)
+
+    def refuse(result: TensorResult) -> None:
+        raise StorageError("the journal cannot be written")
+
+    with pytest.raises(StorageError, match="the journal"):
+        run(plan, sources, Memory(plan.entries), workers=3, on_tensor=refuse)
+
+
+def test_kernels_that_cannot_be_loaded_are_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Any:
+        raise OSError("cannot map the library")
+
+    plan, sources = plan_of("linear", [TENSORS], None, values={"weight": (1.0,)}, out=F32)
+    whole = run(plan, sources, Memory(plan.entries), kernels=False)
+    monkeypatch.setattr(engine, "fused", fail)
+    assert run(plan, sources, Memory(plan.entries), kernels=True).tensors == whole.tensors
+
+
+def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one: the first must not be left waiting."""
+    plan, sources = plan_of("linear", [TENSORS], None, values={"weight": (1.0,)}, out=F32)
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "smelt-1":
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(StorageError, match="cannot start a thread"):
+        run(plan, sources, Memory(plan.entries), workers=3)
+
+
+def test_a_worker_that_cannot_even_tell_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, sources = plan_of("linear", [TENSORS], None, values={"weight": (1.0,)}, out=F32)
+    watched = Watched(sources[0], fails_at="layer 3", error=MemoryError())
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(engine._Crew, "_fail", fail)
+    with pytest.raises(StorageError, match="not enough memory"):
+        run(plan, [watched], Memory(plan.entries), workers=3)

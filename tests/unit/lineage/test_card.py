@@ -36,7 +36,9 @@ def renamed(*names: str, tokenizer: str | None = None) -> Plan:
 
 
 def text_of(plan: Plan = PLAN, *, donor: bytes | None = None, name: str = "out", has_config: bool = True) -> str:
-    made = card(plan, name=name, recipe=canonical(RECIPE), donor_card=donor, has_config=has_config)
+    made = card(
+        plan, name=name, recipe=canonical(RECIPE), donor_card=donor, library="transformers" if has_config else None
+    )
     return made.decode("utf-8")
 
 

@@ -16,41 +16,65 @@ WEIGHT = {"weight": required}
 TRIMMED = {**WEIGHT, "density": 1.0}
 DELLA = {**TRIMMED, "epsilon": 0.15}
 BREADCRUMBS = {**TRIMMED, "gamma": 0.01}
+SVD = {"decompose": True, "rank": 0, "randomized": False, "oversampling": 10, "power": 2}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "arcee_fusion": {},
     "breadcrumbs": {**BREADCRUMBS, "normalize": False, "rescale": False, "lambda": 1.0},
     "breadcrumbs_ties": {**BREADCRUMBS, "normalize": False, "rescale": False, "lambda": 1.0},
+    "consensus": {"weight": 1.0, "threshold": 0.4, "agreement": 2, "lambda": 1.0},
     "dare_linear": {**TRIMMED, "normalize": False, "rescale": True, "lambda": 1.0},
     "dare_ties": {**TRIMMED, "normalize": False, "rescale": True, "lambda": 1.0},
     "della": {**DELLA, "normalize": True, "rescale": True, "lambda": 1.0},
     "della_linear": {**DELLA, "normalize": False, "rescale": True, "lambda": 1.0},
+    "ema": {"alpha": 0.2},
+    "expo": {"alpha": required},
+    "geometric_median": {"weight": 1.0, "row_wise": False, "max_iter": 100, "tol": 1e-9},
+    "iso_c": {"weight": 1.0, "lambda": 1.0, **SVD},
+    "iso_cts": {"weight": 1.0, "common": 0.8, "lambda": 1.0, **SVD},
     "karcher": {"max_iter": 10, "tol": 1e-5},
     "linear": {**WEIGHT, "normalize": True},
+    "localize": {"density": 0.05, "row_wise": False, "lambda": 1.0},
     "model_stock": {"filter_wise": False},
     "multislerp": {**WEIGHT, "normalize_weights": True, "eps": 1e-8},
     "nearswap": {"t": required},
     "nuslerp": {**WEIGHT, "nuslerp_flatten": True, "nuslerp_row_wise": False},
     "passthrough": {"scale": 1.0},
+    "pcb": {"density": 0.1, "row_wise": False, "lambda": 1.0},
     "ram": {"epsilon": 1e-5},
     "ramplus_tl": {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5},
     "sce": {"select_topk": 1.0},
     "slerp": {"t": required},
+    "sma": {},
     "task_arithmetic": {**WEIGHT, "normalize": False, "lambda": 1.0},
     "ties": {**TRIMMED, "normalize": True, "rescale": False, "lambda": 1.0},
+    "tsv": {"weight": 1.0, "lambda": 1.0, **SVD},
+    "wma": {},
+    "wudi": {"lambda": 1.0, "ridge": 0.1, "decompose": True},
 }
-PER_MODEL = {"weight", "density", "gamma", "epsilon", "scale"}
+PER_MODEL = {"weight", "density", "gamma", "epsilon", "scale", "threshold"}
 METHOD_WIDE = {("ram", "epsilon"), ("ramplus_tl", "epsilon")}
 RANGES = {
     "gamma": "[0, 1]",
     "max_iter": "[0, inf)",
     "tol": "[0, inf)",
     "eps": "(0, inf)",
+    "threshold": "[0, inf)",
+    "agreement": "[0, inf)",
+    "common": "[0, 1]",
+    "rank": "[0, inf)",
+    "ridge": "[0, inf)",
+    "oversampling": "[2, inf)",
+    "power": "[0, inf)",
+    ("ema", "alpha"): "(0, 1]",
+    ("geometric_median", "weight"): "[0, inf)",
     ("ram", "epsilon"): "[0, inf)",
     ("ramplus_tl", "epsilon"): "[0, inf)",
 }
 ARITIES = {
     "arcee_fusion": (1, 1),
+    "consensus": (2, None),
+    "expo": (1, 1),
     "model_stock": (2, None),
     "nearswap": (1, 1),
     "nuslerp": (2, 2),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from smelt.methods.reducers import Gram, Sum, gram
+from smelt.methods.reducers import Extremes, Gram, Sum, gram
 from smelt.methods.selection import Cut, KthLargest, KthLargest64, to_grid
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -246,3 +246,19 @@ def test_gram_of_columns_and_rows() -> None:
 def test_products_do_not_overflow() -> None:
     values = np.full((2, 4), 3e38, dtype=np.float32)
     assert np.isfinite(gram(list(values), axis=None)).all()
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_extremes(backwards: bool) -> None:
+    values = np.random.default_rng(2).normal(size=(3, 100))
+    got = drive(Extremes(scope="tensor", size=100), pieces_of(values, [17, 60, 61]), backwards=backwards)
+    assert np.array_equal(got, [values.min(axis=1), values.max(axis=1)])
+    assert np.array_equal(got, Extremes.whole(values))
+    values[1, 70] = np.nan
+    got = drive(Extremes(scope="tensor", size=100), pieces_of(values, [17, 60, 61]), backwards=backwards)
+    assert np.isnan(got).tolist() == [[False, True, False]] * 2
+    assert Extremes(scope="tensor", size=100).refuses(values, 2) is None
+    assert Extremes(scope="tensor", size=100).refuses((values, values), 2) == (
+        "a tuple of 2",
+        "give Extremes one array of 2 dimensions, [k, ...] as the tile's",
+    )

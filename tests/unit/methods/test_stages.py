@@ -10,6 +10,7 @@ from smelt.methods.stages import (
     add_to_base,
     combine,
     counts_to_keep,
+    cut_rows,
     divisor,
     drop,
     l1_factors,
@@ -109,3 +110,15 @@ def test_what_is_added_to_the_base_is_rounded_once() -> None:
     base = f32([1.0])[0]
     assert add_to_base(base, np.array([2.0**-24 + 2.0**-40]), 1.0)[0] == np.float32(1 + 2.0**-23)
     assert add_to_base(base, np.array([0.5]), 0.5).dtype == np.float32
+
+
+def test_a_cut_in_each_row_is_that_of_the_row_as_a_tensor() -> None:
+    numbers = np.abs(np.random.default_rng(0).integers(-4, 5, (2, 6, 9)).astype(np.float32))
+    for counts in ([0, 9], [1, 4], [3, 12], [8, 0]):
+        got = cut_rows(numbers, np.array(counts))
+        for row in range(6):
+            want = KthLargest.whole((numbers[:, row], np.array(counts)))
+            for name in ("value", "share", "count", "above", "equal"):
+                assert np.array_equal(getattr(got, name)[:, row], getattr(want, name)), (counts, row, name)
+    numbers[1, 2, 3] = np.nan
+    assert cut_rows(numbers, np.array([2, 2])).above[1, 2] == 1, "a NaN is above any cut"

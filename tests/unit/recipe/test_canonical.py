@@ -180,6 +180,7 @@ shared = {
     "dtype": st.sampled_from(["float32", "bf16"]),
     "chat_template": text,
     "allow": st.lists(st.sampled_from(["extra_tensor", "nonfinite"]), max_size=2),
+    "missing": st.sampled_from(["error", "skip", "copy"]),
 }
 vocabularies = st.one_of(
     st.just({}),

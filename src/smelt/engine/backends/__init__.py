@@ -100,6 +100,8 @@ class Host:
         return Given(stored, **settings)
 
     def flat(self, values: Any, shape: tuple[int, ...]) -> Any:
+        if isinstance(values, np.generic):  # what NumPy makes of 0-d arrays
+            values = np.asarray(values)
         if not isinstance(values, np.ndarray) or values.dtype != np.float32 or values.shape != shape:
             return None
         return np.ascontiguousarray(values).reshape(-1)

@@ -5,14 +5,58 @@ Sums and shifts of 32-bit integers are cast back at every step: otherwise they a
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
+import xxhash
 from numba.extending import intrinsic, overload
 
-JIT: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
-"""Compile when first called, cache on disk, run without the interpreter lock. Never fastmath, never parallel."""
+from smelt.storage import files
+
+_HERE = Path(__file__).parent
+_SOURCES = (
+    *sorted(_HERE.glob("*.py")),
+    _HERE.parent / "tiles.py",
+    *(_HERE.parents[1] / "methods" / name for name in ("reducers.py", "stages.py")),
+)
+"""What compiled code is made of, constants of other modules included."""
+_SOURCE_LIMIT = 1 << 20
+
+
+_njit: Any = numba.njit
+
+
+@cache
+def _cache_folder() -> str:
+    """The folder of the compiled code of these very sources.
+
+    Numba looks at the file of a function alone: of one that was inlined from another file it would keep an old copy.
+    """
+    digest = xxhash.xxh3_128_hexdigest(b"\0".join(files.read_bytes(path, limit=_SOURCE_LIMIT) for path in _SOURCES))
+    if asked := os.environ.get("NUMBA_CACHE_DIR"):
+        return os.path.join(asked, digest)
+    if os.access(_HERE, os.W_OK):
+        return str(_HERE / "__pycache__" / digest)
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "smelt", digest)
+
+
+def JIT(function: Callable[..., Any]) -> Any:  # noqa: N802
+    """Compile when first called, cache on disk, run without the interpreter lock. Never fastmath, never parallel."""
+    settings = {"nogil": True, "error_model": "numpy"}
+    config: Any = numba.config
+    before, config.CACHE_DIR = config.CACHE_DIR, _cache_folder()
+    try:
+        return _njit(cache=True, **settings)(function)
+    except RuntimeError:  # no folder that can be written: compiled anew in each process
+        return _njit(**settings)(function)
+    finally:
+        config.CACHE_DIR = before
+
 
 RUN = 1024
 """Elements worked on at a time: what is made of them stays in the first cache."""
@@ -63,19 +107,40 @@ def _narrow(value, out):
     return lambda value, out: np.float32(value)
 
 
-def exponent(stored: Any) -> Any:
-    """The bits of a stored element without its sign, as those of a float32: 0x7F800000 or more if it is not finite."""
+def magnitude(stored: Any) -> Any:
+    """The bits of an element of the output without its sign, in its own width: it is finite if below `infinity`."""
     raise NotImplementedError
 
 
-@overload(exponent, inline="always")
-def _exponent(stored):
+@overload(magnitude, inline="always")
+def _magnitude(stored):
     if isinstance(stored, numba.types.Integer):
-        return lambda stored: np.uint32(np.uint32(stored & np.uint16(0x7FFF)) << np.uint32(16))
+        return lambda stored: np.uint16(stored & np.uint16(0x7FFF))
     return lambda stored: np.uint32(np.float32(stored).view(np.uint32) & np.uint32(0x7FFFFFFF))
 
 
-INFINITE = np.uint32(0x7F800000)
+def infinity(out: Any) -> Any:
+    """The bits of infinity in the type of the stored array `out`."""
+    raise NotImplementedError
+
+
+@overload(infinity, inline="always")
+def _infinity(out):
+    if isinstance(out.dtype, numba.types.Integer):
+        return lambda out: np.uint16(0x7F80)
+    return lambda out: np.uint32(0x7F800000)
+
+
+def least(out: Any) -> Any:
+    """No bits at all, in the same type: any sum or difference of two would be an integer of 64 bits."""
+    raise NotImplementedError
+
+
+@overload(least, inline="always")
+def _least(out):
+    if isinstance(out.dtype, numba.types.Integer):
+        return lambda out: np.uint16(0)
+    return lambda out: np.uint32(0)
 
 
 @numba.njit(inline="always")

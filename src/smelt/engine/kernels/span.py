@@ -12,7 +12,7 @@ from numba.extending import overload
 
 from smelt.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32
 from smelt.engine.given import Given
-from smelt.engine.kernels.compiled import INFINITE, JIT, exponent, narrow, widen
+from smelt.engine.kernels.compiled import JIT, infinity, least, magnitude, narrow, widen
 
 MOST_MODELS = 12
 """Above this many models a method's own function is called."""
@@ -58,10 +58,11 @@ def _written(arguments: str, models: int, first: str, value: str) -> Any:
     """
     lines = [f"def loop({arguments}):"]
     lines += [f"    s{i} = stored[{i}]; c{i} = coefficients[{i}]" for i in range(models)]
-    lines += ["    worst = np.uint32(0)", "    for j in range(out.size):", f"        {first}"]
-    lines += [f"        y = narrow({value}, out)", "        out[j] = y", "        worst = max(worst, exponent(y))"]
-    lines += ["    return worst >= INFINITE"]
-    space: dict[str, Any] = {"np": np, "widen": widen, "narrow": narrow, "exponent": exponent, "INFINITE": INFINITE}
+    lines += ["    worst = least(out)", "    for j in range(out.size):", f"        {first}"]
+    lines += [f"        y = narrow({value}, out)", "        out[j] = y", "        worst = max(worst, magnitude(y))"]
+    lines += ["    return worst >= infinity(out)"]
+    space: dict[str, Any] = {"np": np, "widen": widen, "narrow": narrow, "magnitude": magnitude}
+    space |= {"infinity": infinity, "least": least}
     exec("\n".join(lines), space)
     return space["loop"]
 
@@ -119,7 +120,10 @@ FUNCTIONS: Any = {
     ("slerp", "tile"): slerp_tile,
     **{
         (name, "tile"): span_tile
-        for name in ("linear", "task_arithmetic", "nuslerp", "multislerp", "karcher", "model_stock", "passthrough")
+        for name in (
+            *("linear", "task_arithmetic", "nuslerp", "multislerp", "karcher", "model_stock", "passthrough"),
+            *("sma", "wma", "ema", "expo", "geometric_median"),
+        )
     },
 }
 """(method, function) -> kernel."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -169,9 +170,15 @@ def _gram(vectors: tuple[Any, ...], base: Any, block: int) -> Any:
     k = len(vectors)
     lanes = np.zeros((k * (k + 1) // 2, -(-vectors[0].size // block), LANES))
     _products(vectors, vectors[0] if base is None else base, base is not None, block, lanes)
+    return lanes.transpose(1, 0, 2)[:, _pairs(k)]
+
+
+@cache
+def _pairs(k: int) -> Any:
+    """Which of the pairs in order holds the inner product of vectors i and j, [k, k]."""
     pair = np.zeros((k, k), dtype=np.intp)
-    pair[np.triu_indices(k)] = np.arange(len(lanes))
-    return lanes.transpose(1, 0, 2)[:, np.maximum(pair, pair.T)]
+    pair[np.triu_indices(k)] = np.arange(k * (k + 1) // 2)
+    return np.maximum(pair, pair.T)
 
 
 def of_models(method: Any, given: Given, reducer: Gram) -> Any:

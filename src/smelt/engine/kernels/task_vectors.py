@@ -16,12 +16,13 @@ from smelt.engine.given import Given
 from smelt.engine.kernels.compiled import (
     COLUMNS,
     GRID,
-    INFINITE,
     JIT,
     RUN,
     draw_below,
     element,
-    exponent,
+    infinity,
+    least,
+    magnitude,
     mix,
     narrow,
     trailing_zeros,
@@ -49,6 +50,23 @@ def _subtract(stored: Any, base: Any, out: Any) -> None:
         out[j] = widen(stored[j]) - base[j]
     for j in range(stored.size, RUN):
         out[j] = np.float32(np.nan)
+
+
+@JIT
+def _magnitudes(stored: Any, base: Any, out: Any) -> None:
+    """The magnitudes of the differences of a run, as `_subtract` gives them."""
+    for j in range(stored.size):
+        out[j] = np.abs(widen(stored[j]) - widen(base[j]))
+    for j in range(stored.size, RUN):
+        out[j] = np.float32(np.nan)
+
+
+@JIT
+def _subtract_and_trim(stored: Any, base: Any, value: Any, kept: Any) -> None:
+    """The differences of a run that are above the cut, 0 elsewhere."""
+    for j in range(stored.size):
+        delta = widen(stored[j]) - base[j]
+        kept[j] = np.float32(0.0) if np.abs(delta) <= value else delta
 
 
 @JIT
@@ -85,12 +103,6 @@ def _choose(deltas: Any, marks: Any, kept: Any) -> None:
 
 
 @JIT
-def _absolute(run: Any) -> None:
-    for j in range(RUN):
-        run[j] = np.abs(run[j])
-
-
-@JIT
 def _add_magnitudes(
     stored: Any,
     base: Any,
@@ -109,22 +121,18 @@ def _add_magnitudes(
 
     What was drawn for run r of the tile is left in marks[first + r], COLUMNS bytes (modulo len(marks)).
     """
-    bases = np.empty(RUN, dtype=np.float32)
     deltas = np.empty(RUN, dtype=np.float32)
     chosen = np.empty(RUN, dtype=np.float32)
     words = np.empty(RUN // 2, dtype=np.uint64)
     for low in range(0, stored.size, RUN):  # runs are whole lanes, and blocks whole runs
         high = min(low + RUN, stored.size)
-        _widen_base(base[low:high], bases)
-        _subtract(stored[low:high], bases, deltas)
+        _magnitudes(stored[low:high], base[low:high], deltas)
         bits = marks[(first + low // RUN) % len(marks)]
         if rule == _TRIM:
             _trim(deltas, value, limit, key, start + low, chosen, bits)
         else:
             draw_below(key, start + low, limit, words, bits)
             _choose(deltas, bits, chosen)
-        _absolute(deltas)
-        _absolute(chosen)
         add_run(deltas, high - low, whole[low // block])
         add_run(chosen, high - low, kept[low // block])
 
@@ -136,7 +144,7 @@ ADD: Any = (0, 0, 0)
 
 
 def _combine(kind, room, bases, weight, scale, total, factor, out):
-    """One run of b + λ · mixed; gives the largest bits of its numbers, without their signs."""
+    """One run of b + λ · mixed; whether a number of it is not finite."""
     raise NotImplementedError
 
 
@@ -151,7 +159,8 @@ def _written(models: int, *, elected: bool, mean: bool) -> Any:
     The operations and their order are those of `methods.stages.combine`. Conditions are joined without branches.
     """
     each = range(models)
-    lines = ["def loop(kind, room, bases, weight, scale, total, factor, out):", "    worst = np.uint32(0)"]
+    lines = ["def loop(kind, room, bases, weight, scale, total, factor, out):"]
+    lines += ["    worst = least(out)"]
     lines += [f"    d{i} = room[{i}]; w{i} = weight[{i}]; f{i} = scale[{i}]" for i in each]
     lines += ["    for j in range(out.size):"]
     lines += [f"        e{i} = f{i} * np.float64(d{i}[j])" for i in each]
@@ -167,8 +176,9 @@ def _written(models: int, *, elected: bool, mean: bool) -> Any:
     else:
         lines += ["        t = t / total"]
     lines += ["        y = narrow(np.float64(bases[j]) + factor * t, out)"]
-    lines += ["        out[j] = y", "        worst = max(worst, exponent(y))", "    return worst"]
-    space: dict[str, Any] = {"np": np, "narrow": narrow, "exponent": exponent}
+    lines += ["        out[j] = y", "        worst = max(worst, magnitude(y))", "    return worst >= infinity(out)"]
+    space: dict[str, Any] = {"np": np, "narrow": narrow, "magnitude": magnitude}
+    space |= {"infinity": infinity, "least": least}
     exec("\n".join(lines), space)
     return space["loop"]
 
@@ -196,11 +206,14 @@ def _mix(
     deltas = np.empty(RUN, dtype=np.float32)
     words = np.empty(RUN // 2, dtype=np.uint64)
     room = np.zeros((len(stored), RUN), dtype=np.float32)
-    worst = np.uint32(0)
+    found = False
     for low in range(0, out.size, RUN):
         high = min(low + RUN, out.size)
         _widen_base(base[low:high], bases)
         for i in range(len(stored)):
+            if rule == _TRIM and limit[i] == 0:
+                _subtract_and_trim(stored[i][low:high], bases, value[i], room[i])
+                continue
             _subtract(stored[i][low:high], bases, deltas)
             bits = marks[i, (first + low // RUN) % marks.shape[1]]
             if rule == _TRIM:
@@ -210,9 +223,8 @@ def _mix(
                     draw_below(keys[i], start + low, limit[i], words, bits)
                 _choose(deltas, bits, room[i])
         result = out[low:high]
-        run_worst = _combine(kind, room, bases, weight, scale, total, factor, result)
-        worst = max(worst, run_worst)
-    return bool(worst >= INFINITE)
+        found |= _combine(kind, room, bases, weight, scale, total, factor, result)
+    return found
 
 
 def _limits(share: Any) -> Any:

@@ -28,6 +28,7 @@ def open_folder(path: Path, *, name: str) -> Checkpoint:
         what = "does not exist" if found is None else "is neither a folder nor a safetensors file"
         raise InputError(f"the model {what}", where=[name, str(path)], fix="check the path")
     names = files.list_folder(path)
+    _refuse_pipeline(path, names, name)
     index = read_index(path, name=name) if INDEX in names else None
     parts = shards.gather(names, index, name=name, place=str(path), read=lambda file: _read_part(path, file, name))
     return _assemble(path, name, parts)
@@ -58,7 +59,20 @@ def _open_file(path: Path, name: str) -> Checkpoint:
             fix=shards.TRUST if pickled else shards.CONVERT,
         )
     part = _read_part(path.parent, path.name, name, real=files.resolve(path))
-    return _assemble(path.parent, name, [part])
+    return _assemble(path.parent, name, [part], alone=not shards.stands_for_folder(path.name))
+
+
+def _refuse_pipeline(folder: Path, names: Sequence[str], name: str) -> None:
+    """Raise InputError for a folder without weights whose subfolders have some: a pipeline of several models."""
+    if any(entry.endswith((".safetensors", *shards.PICKLES)) for entry in names):
+        return
+    nested = []
+    for entry in names:
+        if not entry.startswith(".") and files.kind(folder / entry) == "folder":
+            weights = [file for file in files.list_folder(folder / entry) if file.endswith(".safetensors")]
+            nested += [f"{entry}/{file}" for file in weights[:1]]
+    if nested:
+        raise shards.pipeline(name, nested, example=str(folder / nested[0].partition("/")[0]))
 
 
 def _read_part(folder: Path, file: str, name: str, *, real: Path | None = None) -> Part:
@@ -74,7 +88,7 @@ def _read_part(folder: Path, file: str, name: str, *, real: Path | None = None) 
     return Part(info, checked)
 
 
-def _assemble(folder: Path, name: str, parts: Sequence[Part]) -> Checkpoint:
+def _assemble(folder: Path, name: str, parts: Sequence[Part], *, alone: bool = False) -> Checkpoint:
     tensors, metadata = shards.merged(parts)
     infos = [part.info for part in parts]
-    return Checkpoint(name, folder, tensors=tensors, weight_files=infos, metadata=metadata)
+    return Checkpoint(name, folder, tensors=tensors, weight_files=infos, metadata=metadata, alone=alone)

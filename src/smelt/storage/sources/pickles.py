@@ -90,16 +90,19 @@ def open_pickles(place: Path, *, name: str) -> Checkpoint:
     except BaseException:
         remove()
         raise
-    return _Unpickled(name, folder, list(parts.values()), remove)
+    alone = single and not shards.stands_for_folder(place.name)
+    return _Unpickled(name, folder, list(parts.values()), remove, alone=alone)
 
 
 class _Unpickled(Checkpoint):
     """A checkpoint whose weights lie in a temporary folder, which is removed when it is closed."""
 
-    def __init__(self, name: str, folder: Path, parts: Sequence[Part], remove: Callable[[], None]) -> None:
+    def __init__(
+        self, name: str, folder: Path, parts: Sequence[Part], remove: Callable[[], None], *, alone: bool
+    ) -> None:
         tensors, metadata = shards.merged(parts)
         infos = [part.info for part in parts]
-        super().__init__(name, folder, tensors=tensors, weight_files=infos, metadata=metadata)
+        super().__init__(name, folder, tensors=tensors, weight_files=infos, metadata=metadata, alone=alone)
         self._remove = remove
 
     def close(self) -> None:

@@ -22,8 +22,13 @@ CONVERT = "convert the model to safetensors first (load it with transformers and
 TRUST = "convert the model to safetensors first; or have torch read it in a process apart: --trust-pickles"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """What the names of pickled weights end in."""
+PIPELINE = "model_index.json"
+"""What diffusers puts beside the subfolders of a pipeline's models."""
 _ADAPTER = "adapter_model.safetensors"
 _SHARD = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})\.safetensors")
+_OF_FOLDER = re.compile(
+    r"(?:model|pytorch_model|diffusion_pytorch_model)(?:\.[\w-]+|-\d{5,}-of-\d{5,})*\.(?:safetensors|bin|pt|pth|ckpt)"
+)
 _OTHER_WEIGHTS = re.compile(r".*\.(bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)|adapter_model\..*")
 _SHOWN = 8
 
@@ -70,6 +75,15 @@ def contradictions(parts: Mapping[str, Part], index: Mapping[str, str] | None, *
             listed.setdefault(file, set()).add(tensor)
         yield from _disagreements(listed, parts, name)
     yield from _twice(parts.values(), name)
+
+
+def stands_for_folder(file: str) -> bool:
+    """Whether a weight file is called as libraries call those of a folder: then the config beside it is its own.
+
+    >>> stands_for_folder("diffusion_pytorch_model.fp16.safetensors"), stands_for_folder("dreamy-v2.safetensors")
+    (True, False)
+    """
+    return _OF_FOLDER.fullmatch(file) is not None
 
 
 def weight_names(names: Sequence[str], index: Mapping[str, str] | None, *, name: str, place: str) -> list[str]:
@@ -186,6 +200,8 @@ def _incomplete(shards: Sequence[str], name: str) -> Iterable[InputError]:
 
 
 def _no_weights(names: Sequence[str], name: str, place: str) -> InputError:
+    if PIPELINE in names:
+        return pipeline(name, [], example=None)
     others = [entry for entry in names if _OTHER_WEIGHTS.fullmatch(entry)]
     if others and all(entry.startswith("adapter_") for entry in others):
         fix = "merge the adapter into its base model first (peft: merge_and_unload)"
@@ -196,6 +212,16 @@ def _no_weights(names: Sequence[str], name: str, place: str) -> InputError:
     found = [f"found {entry}" for entry in _listed(others)] or [f"no weight files in {place}"]
     pickled = ", but pickles, which are programs" if fix == TRUST else ""
     return InputError(f"the model has no safetensors files{pickled}", where=[name, *found], fix=fix)
+
+
+def pipeline(name: str, nested: Sequence[str], *, example: str | None) -> InputError:
+    """The refusal of a folder that holds several models in subfolders; `nested` are some of their files."""
+    way = f"such as {example}" if example is not None else "after fetching the repository with `hf download`"
+    return InputError(
+        "the model is a pipeline of several models, whose weights lie in subfolders",
+        where=[name, *_listed([f"found {entry}" for entry in nested])],
+        fix=f"merge each part by itself: name its subfolder, {way}, and put the outputs into a copy of the pipeline",
+    )
 
 
 # --- with an index --------------------------------------------------------------------------------------------------
