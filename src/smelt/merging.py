@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from smelt.engine.backends import CPU, check_name, choose
+from smelt import keeping
+from smelt.engine.backends import CPU, Backend, check_name, choose
 from smelt.engine.copying import Known
-from smelt.engine.forecast import Forecast, forecast, within
-from smelt.engine.run import RunResult, check_equal, preload, run
+from smelt.engine.forecast import Within, forecast, within
+from smelt.engine.nesting import Step, further_models, open_steps, with_steps
+from smelt.engine.run import check_equal, preload, run
 from smelt.engine.tensor import TensorResult
 from smelt.errors import InputError, NumericError, RecipeError, SmeltError, StorageError, raise_all
-from smelt.lineage.card import CARD, card
+from smelt.keeping import Kept
 from smelt.lineage.identity import identity
-from smelt.lineage.record import RECORD, file_digest, record
 from smelt.lineage.trusted import Claim, trusted
 from smelt.methods.loading import MethodFile, load_file
 from smelt.planning.build import build
 from smelt.planning.check import check
-from smelt.planning.companions import library, metadata, small_files, weight_stem
+from smelt.planning.companions import metadata, weight_stem
 from smelt.planning.entries import Plan
-from smelt.planning.locate import Model, local_folders, missing_folders, open_models
-from smelt.recipe.canonical import canonical, to_yaml
+from smelt.planning.locate import Model, clashes, local_folders, missing_folders, open_models
+from smelt.prepared import Prepared, papers_of, write_papers
 from smelt.recipe.check import check_parameters
+from smelt.recipe.nesting import mentions
 from smelt.recipe.parse import from_dict, load
 from smelt.recipe.schema import Recipe, Relaxation
 from smelt.specs import TensorSpec
@@ -51,21 +52,6 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """A checked recipe with its models open and its plan: all that is known before a byte is written."""
-
-    recipe: Recipe
-    opened: Mapping[str, Model]
-    models: tuple[Model, ...]
-    tokenizer: Model
-    """The model that gives the tokenizer; it need not be one of those that are merged."""
-    plan: Plan
-    forecast: Forecast
-    method_files: Mapping[str, str]
-    """The sha256 of each method file that the recipe names."""
-
-
-@dataclass(frozen=True, slots=True)
 class MergeReport:
     """What a merge did. `seconds` is the whole call; of these, `engine_seconds` went into reading, working on and
     writing tensors, and `commit_seconds` into making the output durable. `resumed` counts the tensors that an
@@ -83,6 +69,8 @@ class MergeReport:
     trusted: tuple[str, ...] = ()
     """Tensors that were moved unread, with the digest that their model's record names."""
     resumed: int = 0
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    """Merges within the recipe that are kept: where, and whether they were there before."""
 
 
 @contextmanager
@@ -101,14 +89,16 @@ def prepare(
     weights: bool = True,
     out: Path | None = None,
     overwrite: bool = False,
+    keep_folder: Path | None = None,
 ) -> Iterator[Prepared]:
     """Parse, open and plan; the models are closed when the context ends.
 
     `recipe` is a path, a mapping or a Recipe. `strict` makes warnings errors. `memory` (bytes) cuts threads and buffers
     until the predicted peak is below it. With `weights` false, no weights are downloaded: the headers of a model on the
     hub are enough for a plan. Where the merge is to write into `out`, an `out` that cannot be is told before any model
-    is opened, with the models that are not there. Raises RecipeError, InputError or StorageError with every problem
-    that was found.
+    is opened, with the models that are not there. In `keep_folder` the merges are looked for that the recipe keeps:
+    beside `out`, or in the working folder, unless it is given. Raises RecipeError, InputError or StorageError with
+    every problem that was found.
     """
     allowed = allowances(allow)
     check_numbers(workers=workers, tile=tile, memory=memory)
@@ -122,27 +112,39 @@ def prepare(
         recipe = from_dict(recipe)
     with ExitStack() as stack:
         method_files = _load_methods(recipe, beside or Path.cwd(), stack, trust=trust_methods)
-        if problems := check_parameters(recipe):  # then nothing is fetched, but what is surely missing is told too
-            raise_all([*problems, *missing_folders(recipe.mentions(), beside=beside)])
+        problems = check_parameters(recipe)
+        problems += clashes({name: recipe.where("merges", name) for name in recipe.merges or {}}, beside=beside)
+        named = mentions(recipe)
+        if problems:  # then nothing is fetched, but what is surely missing is told too
+            raise_all([*problems, *missing_folders(named, beside=beside)])
         if out is not None:
-            known = [*local_folders(recipe.mentions(), beside=beside), *_beside_models(path, method_files)]
+            known = [*local_folders(named, beside=beside), *_beside_models(path, method_files)]
             if problems := _unusable(out, overwrite, known):
-                raise_all([*problems, *missing_folders(recipe.mentions(), beside=beside)])
+                raise_all([*problems, *missing_folders(named, beside=beside)])
         opened = open_models(
-            recipe.mentions(), beside=beside, stack=stack, weights=weights, trust_pickles=trust_pickles
+            named,
+            beside=beside,
+            stack=stack,
+            weights=weights,
+            trust_pickles=trust_pickles,
+            merges=tuple(recipe.merges or ()),
         )
-        plan = build(recipe, opened, allow=allowed, seed=seed)
+        opened, steps = open_steps(recipe, opened, allow=allowed, seed=seed)
+        plan = with_steps(build(recipe, opened, allow=allowed, seed=seed), recipe, steps)
         if device != CPU:
             plan = replace(plan, notes=(*plan.notes, _ON_DEVICE.format(device)))
         models = tuple({id(opened[name.text]): opened[name.text] for name in recipe.model_names()}.values())
         if strict and plan.warnings:
             raise RecipeError(_strictly(len(plan.warnings)), where=list(plan.warnings))
         tokenizer = next(model for model in opened.values() if model.name == plan.tokenizer)
+        place = keep_folder or (Path(os.path.realpath(out)).parent if out is not None else Path()) / keeping.FOLDER
+        kept = keeping.look(steps, opened, place, allow=allowed, device=device, method_files=method_files)
+        within_it = Within({step.name: step.plan for step in steps}, {name: one.there for name, one in kept.items()})
         if memory is None:
-            cost = forecast(plan, workers=workers, tile=tile, device=device)
+            cost = forecast(plan, workers=workers, tile=tile, device=device, merges=within_it)
         else:
-            cost = within(memory, plan, workers=workers, tile=tile, device=device)
-        yield Prepared(recipe, opened, models, tokenizer, plan, cost, method_files)
+            cost = within(memory, plan, workers=workers, tile=tile, device=device, merges=within_it)
+        yield Prepared(recipe, opened, models, tokenizer, plan, cost, method_files, steps, kept)
 
 
 def allowances(allow: Iterable[str]) -> frozenset[str]:
@@ -229,6 +231,7 @@ def merge(
     trust_methods: bool = False,
     trust_digests: bool = False,
     trust_pickles: bool = False,
+    keep_folder: str | Path | None = None,
     progress: Progress | None = None,
     on_plan: Callable[[Prepared], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -243,7 +246,8 @@ def merge(
     they are unread, with the digests that the `smelt.json` of their model names; `trust_pickles` has torch read models
     that are stored as pickles, in a process apart. `resume` goes on where an earlier run of this merge was cut off, and
     leaves what is finished if it is interrupted itself. `shard_bytes` is the most bytes of tensors in one file; without
-    it 5 GB, but a state dict of one file stays one. `progress` is called with (bytes done, bytes in all), `on_plan`
+    it 5 GB, but a state dict of one file stays one. `keep_folder` is where merges lie that the recipe keeps
+    (`.smelt-kept` beside `out`). `progress` is called with (bytes done, bytes in all), `on_plan`
     once before anything is written, `on_note` with what is worth telling meanwhile.
 
     Raises RecipeError, InputError, StorageError or NumericError, after which `out` is what it was before.
@@ -252,95 +256,187 @@ def merge(
     out = Path(out)
     allowed = allowances(allow)
     check_numbers(shard_bytes=shard_bytes)
-    with prepare(
-        recipe,
-        allow=allowed,
-        strict=strict,
-        seed=seed,
-        workers=workers,
-        tile=tile,
-        device=device,
-        memory=memory,
-        trust_methods=trust_methods,
-        trust_pickles=trust_pickles,
-        out=out,
-        overwrite=overwrite,
-    ) as prepared:
+    with (
+        prepare(
+            recipe,
+            allow=allowed,
+            strict=strict,
+            seed=seed,
+            workers=workers,
+            tile=tile,
+            device=device,
+            memory=memory,
+            trust_methods=trust_methods,
+            trust_pickles=trust_pickles,
+            out=out,
+            overwrite=overwrite,
+            keep_folder=None if keep_folder is None else Path(keep_folder),
+        ) as prepared,
+        ExitStack() as stack,
+    ):
         backend = choose(device)
-        plan, models, cost = prepared.plan, prepared.models, prepared.forecast
-        _refuse_overlap(out, _inputs(recipe, prepared))
-        shards = _layout(plan, models[plan.donor], shard_bytes)
+        plan, models = prepared.plan, prepared.models
+        inputs = _inputs(recipe, prepared)
+        _refuse_overlap(out, inputs)
+        keeping.refuse_inside(out, prepared.kept)
+        for place in prepared.kept.values():
+            _refuse_overlap(place.folder, inputs)
+        shards = _layout(plan, _stored_donor(plan, models, prepared.steps), shard_bytes)
         check(plan, models, shards)
         sources = [model.source for model in models]
+        for step in prepared.steps:
+            check(step.plan, step.models, _step_layout(step, prepared.steps, shard_bytes))
+            check_equal(step.plan, step.source.sources)
         check_equal(plan, sources)
         claims, doubts = trusted(plan, sources) if trust_digests else ({}, [])
         if strict and doubts:
             raise RecipeError(_strictly(len(doubts)), where=doubts)
-        papers = _papers(prepared, name=Path(os.path.realpath(out)).name)
-        head = identity(
-            plan,
-            shards,
-            inputs=[source.files for source in sources],
-            allow=allowed | frozenset(prepared.recipe.allow),
-            shard_bytes=shard_bytes or SHARD_BYTES,
-            companions=papers,
-            method_files=prepared.method_files,
-        )
+        papers = papers_of(prepared, name=Path(os.path.realpath(out)).name)
         if on_plan is not None:
             on_plan(prepared)
-        if cost.kernels and backend.kernels is None:
+        if prepared.forecast.kernels and backend.kernels is None:
             preload()
-        with Build.start(out, shards, overwrite=overwrite, head=head, resume=resume) as folder:
-            if on_note is not None:
-                for line in _begun(folder, len(plan.entries)):
-                    on_note(line)
-            try:
-                done = run(
-                    plan,
-                    sources,
-                    folder,
-                    workers=cost.workers,
-                    tile=cost.tile,
-                    allow_nonfinite="nonfinite" in allowed or "nonfinite" in prepared.recipe.allow,
-                    backend=backend,
-                    known=_known(plan, sources, folder, claims),
-                    kernels=cost.kernels,
-                    keep_bytes=cost.keep_bytes,
-                    done={t.name: TensorResult(t.name, t.digest, t.inherited, t.created) for t in folder.resumed},
-                    on_tensor=lambda t: folder.finished(Finished(t.name, t.digest, t.inherited, t.created)),
-                    progress=progress,
+        settings = _Settings(
+            backend=backend,
+            allowed=allowed,
+            strict=strict,
+            shard_bytes=shard_bytes,
+            resume=resume,
+            hash_inputs=hash_inputs,
+            progress=progress,
+            on_note=on_note,
+        )
+        runs = []
+        for step in prepared.steps:
+            if step.name not in prepared.kept:
+                continue
+            place = prepared.kept[step.name]
+            if not place.there:
+                names = {text: model.name for text, model in prepared.opened.items()}
+                one = keeping.by_itself(step, prepared.recipe, prepared.steps, names)
+                alone = replace(
+                    prepared,
+                    recipe=one.recipe,
+                    plan=one.plan,
+                    models=step.models,
+                    tokenizer=step.tokenizer,
+                    steps=one.steps,
                 )
-            except BaseException:
-                for source in sources:
-                    source.close()  # where descriptors ran out, removing the build needs some of theirs
-                raise
-            hashes = {
-                (i, info.name): known
-                for i, source in enumerate(sources)
-                for info in source.files
-                if (known := info.blob_sha256 or (_sha256(info.path) if hash_inputs else None))
-            }
-            _refuse_changed(prepared.opened.values())
-            nonfinite = {r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created}
-            if strict and nonfinite:
-                raise NumericError(_strictly(1), where=_nonfinite_warnings(nonfinite), fix=_REPAIR)
-            _write_papers(folder, prepared, done, papers, hashes, claims, device=backend.described())
-            committing = time.perf_counter()
-            folder.commit()
-            commit_seconds = time.perf_counter() - committing
+                paper = papers_of(alone, name=step.name)
+                laid_out = _step_layout(step, prepared.steps, shard_bytes)
+                runs.append(_carry_out(alone, place.folder, laid_out, paper, settings=settings, overwrite=True))
+            keeping.read_kept(step, place.folder, stack)
+        done = _carry_out(prepared, out, shards, papers, settings=settings, overwrite=overwrite, claims=claims)
+        runs.append(done)
     return MergeReport(
         out=out,
         plan=plan,
         seconds=time.perf_counter() - started,
-        engine_seconds=done.seconds,
-        commit_seconds=commit_seconds,
-        bytes_read=done.bytes_read,
-        bytes_written=shards.total_bytes,
-        nonfinite=nonfinite,
-        warnings=(*plan.warnings, *doubts, *_nonfinite_warnings(nonfinite)),
+        engine_seconds=sum(one.engine_seconds for one in runs),
+        commit_seconds=sum(one.commit_seconds for one in runs),
+        bytes_read=sum(one.bytes_read for one in runs),
+        bytes_written=sum(one.bytes_written for one in runs),
+        nonfinite=done.nonfinite,
+        warnings=(*plan.warnings, *doubts, *_nonfinite_warnings(done.nonfinite)),
         trusted=tuple(claims),
-        resumed=len(folder.resumed),
+        resumed=done.resumed,
+        kept=prepared.kept,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What writing one checkpoint is told, that of the output as those of merges that are kept."""
+
+    backend: Backend
+    allowed: frozenset[str]
+    strict: bool
+    shard_bytes: int | None
+    resume: bool
+    hash_inputs: bool
+    progress: Progress | None
+    on_note: Callable[[str], None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What writing one checkpoint took, and what was found on the way."""
+
+    engine_seconds: float
+    commit_seconds: float
+    bytes_read: int
+    bytes_written: int
+    nonfinite: Mapping[str, int]
+    resumed: int
+
+
+def _carry_out(
+    prepared: Prepared,
+    out: Path,
+    shards: Layout,
+    papers: Mapping[str, bytes],
+    *,
+    settings: _Settings,
+    overwrite: bool,
+    claims: Mapping[str, Claim] | None = None,
+) -> _Done:
+    """Run a plan and write what it gives, whole or not at all."""
+    plan, models, cost = prepared.plan, prepared.models, prepared.forecast
+    sources = [model.source for model in models]
+    stored = [*models, *further_models(models, prepared.steps)]
+    claims = claims or {}
+    allowed = settings.allowed | frozenset(prepared.recipe.allow)
+    head = identity(
+        plan,
+        shards,
+        inputs=[source.files for source in sources],
+        merges={step.name: (step.plan, [model.source.files for model in step.models]) for step in prepared.steps},
+        allow=allowed,
+        shard_bytes=settings.shard_bytes or SHARD_BYTES,
+        companions=papers,
+        method_files=prepared.method_files,
+    )
+    with Build.start(out, shards, overwrite=overwrite, head=head, resume=settings.resume) as folder:
+        if settings.on_note is not None:
+            for line in _begun(folder, len(plan.entries)):
+                settings.on_note(line)
+        try:
+            done = run(
+                plan,
+                sources,
+                folder,
+                workers=cost.workers,
+                tile=cost.tile,
+                allow_nonfinite="nonfinite" in allowed,
+                backend=settings.backend,
+                known=_known(plan, sources, folder, claims),
+                kernels=cost.kernels,
+                keep_bytes=cost.keep_bytes,
+                done={t.name: TensorResult(t.name, t.digest, t.inherited, t.created) for t in folder.resumed},
+                on_tensor=lambda t: folder.finished(Finished(t.name, t.digest, t.inherited, t.created)),
+                progress=settings.progress,
+            )
+        except BaseException:
+            for model in stored:
+                model.source.close()  # where descriptors ran out, removing the build needs some of theirs
+            raise
+        hashes = {
+            (index, info.name): known
+            for index, model in enumerate(stored)
+            for info in model.source.files
+            if (known := info.blob_sha256 or (_sha256(info.path) if settings.hash_inputs else None))
+        }
+        _refuse_changed(prepared.opened.values())
+        nonfinite = {r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created}
+        if settings.strict and nonfinite:
+            raise NumericError(_strictly(1), where=_nonfinite_warnings(nonfinite), fix=_REPAIR)
+        device = settings.backend.described()
+        write_papers(folder, prepared, done.tensors, papers, hashes=hashes, claims=claims, device=device)
+        committing = time.perf_counter()
+        folder.commit()
+        commit_seconds = time.perf_counter() - committing
+    written = shards.total_bytes
+    return _Done(done.seconds, commit_seconds, done.bytes_read, written, nonfinite, len(folder.resumed))
 
 
 def _layout(plan: Plan, donor: Model, shard_bytes: int | None) -> Layout:
@@ -350,6 +446,20 @@ def _layout(plan: Plan, donor: Model, shard_bytes: int | None) -> Layout:
         shard_bytes = max(plan.output_bytes, 1) if state_dict else SHARD_BYTES
     tensors = [OutputTensor(entry.name, entry.dtype, entry.shape) for entry in plan.entries]
     return layout(tensors, shard_bytes=shard_bytes, metadata=metadata(donor), stem=weight_stem(donor))
+
+
+def _step_layout(step: Step, steps: Sequence[Step], shard_bytes: int | None) -> Layout:
+    return _layout(step.plan, _stored_donor(step.plan, step.models, steps), shard_bytes)
+
+
+def _stored_donor(plan: Plan, models: Sequence[Model], steps: Sequence[Step]) -> Model:
+    """The model whose files the output is laid out like: a donor that is a merge of the recipe follows its own."""
+    by_name = {step.name: step for step in steps}
+    donor = models[plan.donor]
+    while donor.planned.merged:
+        step = by_name[donor.planned.published]
+        donor = step.models[step.plan.donor]
+    return donor
 
 
 def _known(plan: Plan, sources: Sequence[TensorSource], folder: Build, claims: Mapping[str, Claim]) -> dict[str, Known]:
@@ -442,68 +552,6 @@ def _sha256(path: Path) -> str:
             file.read_into(start, piece)
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _papers(prepared: Prepared, *, name: str) -> dict[str, bytes]:
-    """Config, tokenizer, licence, card and recipe: all that stands beside the weights and does not depend on them.
-
-    They are read before anything is written: a tokenizer that cannot be read must not end a merge at its end.
-    """
-    plan, models = prepared.plan, prepared.models
-    papers = small_files(plan, models, prepared.tokenizer)
-    public = canonical(prepared.recipe, rename=published_names(prepared))
-    donor_card = models[plan.donor].source.bytes(CARD)
-    papers["mergekit_config.yml"] = to_yaml(public).encode()
-    name = name.encode("utf-8", "replace").decode()  # a file name need not be text
-    loader = library(models[plan.donor].config)
-    papers[CARD] = card(plan, name=name, recipe=public, donor_card=donor_card, library=loader)
-    return papers
-
-
-def _write_papers(
-    folder: Build,
-    prepared: Prepared,
-    done: RunResult,
-    papers: Mapping[str, bytes],
-    hashes: Mapping[tuple[int, str], str],
-    claims: Mapping[str, Claim],
-    *,
-    device: Mapping[str, str] | None,
-) -> None:
-    """The papers and the record, into the build folder."""
-    for file, content in papers.items():
-        folder.put(file, content)
-    plan = prepared.plan
-    folder.put(
-        RECORD,
-        record(
-            replace(plan, notes=_published(plan.notes, prepared), warnings=_published(plan.warnings, prepared)),
-            folder.layout,
-            recipe=canonical(prepared.recipe, rename=published_names(prepared)),
-            inputs=[model.source.files for model in prepared.models],
-            hashes=hashes,
-            tensors={result.name: result.digest for result in done.tensors},
-            nonfinite={r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created},
-            companions={file: file_digest(content) for file, content in papers.items()},
-            method_files={published_names(prepared)[file]: sha for file, sha in prepared.method_files.items()},
-            trusted=claims,
-            device=device,
-        ),
-    )
-
-
-def published_names(prepared: Prepared) -> dict[str, str]:
-    """The recipe's names -> those under which the output's papers speak of models and files: no local path."""
-    names = {text: model.planned.published for text, model in prepared.opened.items()}
-    return names | {file: re.split(r"[/\\]", file)[-1] for file in prepared.method_files}
-
-
-def _published(texts: Sequence[str], prepared: Prepared) -> tuple[str, ...]:
-    """Notes and warnings without local paths: that of the recipe, and those by which it names models."""
-    names = {prepared.recipe.source: "recipe", **published_names(prepared)}
-    known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    pattern = re.compile(rf"(?<![\w./~\\-])(?:{known})(?![\w/\\-])")
-    return tuple(pattern.sub(lambda found: names[found[0]], text) for text in texts)
 
 
 def _nonfinite_warnings(nonfinite: Mapping[str, int]) -> list[str]:

@@ -19,6 +19,7 @@ import numpy as np
 from smelt import dtypes
 from smelt._version import __version__
 from smelt.dtypes import DType
+from smelt.engine.nesting import open_steps
 from smelt.engine.run import check_equal, run
 from smelt.engine.tiles import BLOCK
 from smelt.errors import InputError, RecipeError, SmeltError, nearest, raise_all
@@ -29,6 +30,7 @@ from smelt.planning.build import build
 from smelt.planning.entries import Entry, Plan
 from smelt.planning.locate import Model, open_recorded
 from smelt.recipe.check import check_parameters
+from smelt.recipe.nesting import mentions
 from smelt.recipe.parse import from_dict
 from smelt.recipe.schema import Recipe, Relaxation
 from smelt.storage import digests
@@ -130,14 +132,15 @@ def _recompute(
     if record.get("device") is not None:
         why = "the numbers were worked out on a device, and may differ from the CPU's in the last place"
         return _Recomputed(lacking=why)
-    names = [name.text for name in recipe.mentions()]
+    stored = mentions(recipe)
+    names = [name.text for name in stored]
     if unknown := sorted(set(given) - set(names)):
         return _Recomputed(problems=(_stranger(unknown[0], names),))
     with ExitStack() as stack:
         problems: list[SmeltError] = []
         opened: dict[str, Model] = {}
         missing: list[str] = []
-        for name in recipe.mentions():
+        for name in stored:
             commit = recorded.get(name.text, {}).get("commit")
             place = given.get(name.text) or _cached(name.text, commit)
             if place is None:
@@ -156,7 +159,9 @@ def _recompute(
         if problems:
             return _Recomputed(problems=tuple(problems))
         try:
-            plan = build(recipe, opened, allow=frozenset(get_args(Relaxation)), seed=merge_seed)
+            every = frozenset(get_args(Relaxation))
+            opened, _ = open_steps(recipe, opened, allow=every, seed=merge_seed)
+            plan = build(recipe, opened, allow=every, seed=merge_seed)
         except SmeltError as error:
             where = [problem.message for problem in error.problems[:_SHOWN]]
             what = "the recorded recipe cannot be carried out over these inputs"

@@ -20,6 +20,10 @@ RECIPES = {
     "linear": "merge_method: linear\nmodels: [{model: m0}, {model: m1}, {model: m2}]\nparameters: {weight: 1}\n",
     "ties": "merge_method: ties\nbase_model: m0\nmodels: [{model: m1}, {model: m2}]\n"
     "parameters: {weight: 1, density: 0.5}\n",
+    "nested": "merge_method: ties\nbase_model: m0\nmodels: [{model: s}, {model: m2}]\n"
+    "parameters: {weight: 1, density: 0.5}\nmerges:\n  s: {merge_method: linear, models: [{model: r}, {model: m1}], "
+    "parameters: {weight: 1}}\n"
+    "  r: {merge_method: slerp, base_model: m0, models: [{model: m1}], parameters: {t: 0.5}}\n",
     "slerp": "merge_method: slerp\nbase_model: m0\nmodels: [{model: m1}]\nparameters: {t: 0.5}\n",
 }
 

@@ -128,6 +128,37 @@ def test_a_kill_anywhere(folder: Path, at: int, overwrite: bool) -> None:
     assert os.listdir(folder / "place") == ["out"]
 
 
+# --- merges within the recipe ---------------------------------------------------------------------------------------
+
+
+def within(folder: Path, weight: float = 1) -> None:
+    """A recipe whose merge `a` uses m2, which the output itself does not."""
+    inner = linear("m1", "m2", parameters={"weight": weight})
+    recipe(folder / "recipe.yml", {"merges": {"a": inner}, **linear("m1", "a", base_model="m0", **TIES)})
+
+
+def test_a_killed_merge_of_merges_goes_on(folder: Path) -> None:
+    within(folder)
+    cut_off(folder)
+    assert smelt(*words(folder, "--resume")).code == 0
+    again = smelt("merge", folder / "recipe.yml", folder / "alone" / "out", "--shard-size", "1kB")
+    assert again.code == 0, again.text
+    assert snapshot(folder / "place" / "out") == snapshot(folder / "alone" / "out")
+
+
+@pytest.mark.parametrize("change", ["the merge", "an input of it"])
+def test_what_a_merge_within_is_made_of_counts(folder: Path, change: str) -> None:
+    within(folder)
+    cut_off(folder)
+    if change == "the merge":
+        within(folder, weight=2)
+        refused(folder, "merges: a was changed", *words(folder, "--resume"))
+    else:
+        stamp = (folder / "m2" / "model.safetensors").stat().st_mtime_ns + 10**9
+        os.utime(folder / "m2" / "model.safetensors", ns=(stamp, stamp))
+        refused(folder, "input: m2/model.safetensors was changed", *words(folder, "--resume"))
+
+
 # --- refusing -------------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,8 @@ ORDER = [
     {"tokens"},
     {"planning"},
     {"engine", "lineage"},
+    {"keeping"},
+    {"prepared"},
     {"merging", "in_memory", "verifying"},
     {"cli"},
 ]

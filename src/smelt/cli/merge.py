@@ -10,11 +10,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from smelt.cli.nested import kept_json, of_steps
 from smelt.cli.options import Allow, Flag, Json, Quiet, Seed, Verbose
 from smelt.cli.show import count_text, counted, on_device, parse_size, progress, size_text, visible
 from smelt.engine.backends import CPU
-from smelt.merging import MergeReport, Prepared
+from smelt.merging import MergeReport
 from smelt.merging import merge as run_merge
+from smelt.prepared import Prepared
 
 
 def merge(
@@ -35,6 +37,7 @@ def merge(
     trust_methods: Flag = False,
     trust_digests: Flag = False,
     trust_pickles: Flag = False,
+    keep_folder: Path | None = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -73,6 +76,8 @@ def merge(
         Copy tensors that stay as they are unread, with the digests that smelt.json of their model names.
     trust_pickles
         Read models that are stored as pickles, by torch in a process apart.
+    keep_folder
+        Where merges within the recipe lie that it asks to keep; .smelt-kept beside OUT by default.
     quiet
         Print nothing but errors.
     verbose
@@ -100,6 +105,7 @@ def merge(
             trust_methods=trust_methods,
             trust_digests=trust_digests,
             trust_pickles=trust_pickles,
+            keep_folder=keep_folder,
             progress=report,
             on_plan=None if quiet else lambda prepared: _say_plan(prepared, out, verbose=verbose),
             on_note=None if quiet else lambda note: print(visible(f"note: {note}"), file=sys.stderr),
@@ -121,6 +127,8 @@ def _say_plan(prepared: Prepared, out: Path, *, verbose: bool) -> None:
         f"at most about {size_text(forecast.memory)} of memory{on_device(forecast.device, forecast.device_memory)}",
         file=sys.stderr,
     )
+    for line in of_steps(prepared):
+        print(visible(line), file=sys.stderr)
     if verbose:
         for note in plan.notes:
             print(visible(f"note: {note}"), file=sys.stderr)
@@ -154,6 +162,7 @@ def _as_json(done: MergeReport) -> dict[str, object]:
         "commit_seconds": round(done.commit_seconds, 3),
         "nonfinite": dict(done.nonfinite),
         "trusted": len(done.trusted),
+        **({"kept": kept_json(done.kept)} if done.kept else {}),
         "notes": list(done.plan.notes),
         "warnings": list(done.warnings),
     }

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from smelt.cli.nested import models_of_steps, of_steps, steps_json, within
 from smelt.cli.options import Allow, Flag, Json, Seed
 from smelt.cli.show import count_text, counted, on_device, parse_size, size_text, table, visible
 from smelt.engine.backends import CPU
 from smelt.engine.forecast import FLOPS
 from smelt.errors import RecipeError, nearest
-from smelt.merging import Prepared, prepare
+from smelt.merging import prepare
 from smelt.methods.api import Cost
 from smelt.planning.entries import PlannedModel
 from smelt.planning.explain import explanation, explanation_json, groups, plan_json, recipe_of
+from smelt.prepared import Prepared
 
 
 def plan(
@@ -29,6 +31,7 @@ def plan(
     strict: Flag = False,
     trust_methods: Flag = False,
     trust_pickles: Flag = False,
+    keep_folder: Path | None = None,
     as_json: Json = False,
 ) -> int:
     """Show what a merge would do: what each tensor gets with which numbers, bytes, passes and memory.
@@ -57,6 +60,8 @@ def plan(
         Load the method files that the recipe names; they are code.
     trust_pickles
         Read models that are stored as pickles, by torch in a process apart.
+    keep_folder
+        Where merges within the recipe lie that it asks to keep; .smelt-kept in the working folder by default.
     as_json
         Print the whole plan as JSON.
     """
@@ -71,6 +76,7 @@ def plan(
         trust_methods=trust_methods,
         trust_pickles=trust_pickles,
         weights=False,
+        keep_folder=keep_folder,
     ) as prepared:
         if explain is not None:
             print(_explained(prepared, explain, as_json=True) if as_json else visible(_explained(prepared, explain)))
@@ -90,6 +96,12 @@ def plan(
             if prepared.forecast.device != CPU:
                 tree["forecast"]["device"] = prepared.forecast.device
                 tree["forecast"]["device_memory"] = prepared.forecast.device_memory
+            if prepared.steps:
+                tree["merges"] = steps_json(prepared)
+                tree["forecast"]["one_after_the_other"] = {
+                    "bytes_read": prepared.forecast.apart_read,
+                    "bytes_written": prepared.forecast.apart_written,
+                }
             print(json.dumps(tree, indent=1))
         else:
             print(visible(_text(prepared)))
@@ -109,13 +121,22 @@ def _explained(prepared: Prepared, wanted: str, *, as_json: bool = False) -> str
         )
     if as_json:
         return json.dumps([explanation_json(entry, prepared.plan) for entry in entries], indent=1)
-    return "\n\n".join(explanation(entry, prepared.plan) for entry in entries)
+    parts = []
+    for entry in entries:
+        parts.append(explanation(entry, prepared.plan))
+        parts += [f"in the merge {name}: {explanation(one, plan)}" for name, one, plan in within(entry, prepared)]
+    return "\n\n".join(parts)
 
 
 def _text(prepared: Prepared) -> str:
     plan, forecast = prepared.plan, prepared.forecast
     lines = [f"method  {plan.method}", "models"]
-    lines.append(table([[_role(i, prepared), m.published, _place(m)] for i, m in enumerate(plan.models)]))
+    lines.append(
+        table(
+            [[_role(i, prepared), m.published, _place(m)] for i, m in enumerate(plan.models)]
+            + models_of_steps(prepared)
+        )
+    )
     rows = []
     for name, entries in groups(plan):
         first = entries[0]
@@ -144,6 +165,7 @@ def _text(prepared: Prepared) -> str:
             f"linear algebra: {_flops_text(flops)}, about {forecast.seconds:.2g} s with {forecast.workers} threads "
             f"at {_flops_text(FLOPS)} a second each{there}"
         )
+    lines += of_steps(prepared)
     lines += [f"note: {note}" for note in plan.notes]
     lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join(lines)

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from smelt import dtypes
-from smelt.engine.tensor import Settings, Sink, TensorResult
+from smelt.engine.tensor import Readable, Settings, Sink, TensorResult
 from smelt.engine.tiles import Scratch
 from smelt.planning.entries import Entry
 from smelt.storage import digests
-from smelt.storage.checkpoint import TensorSource
 
 PIECE = digests.BLOCK
 """Bytes read at a time: they are written, hashed and searched while they are in the cache; larger pieces are slower."""
@@ -46,7 +45,7 @@ class CopyRun:
     def __init__(
         self,
         entry: Entry,
-        sources: Sequence[TensorSource],
+        sources: Sequence[Readable],
         sink: Sink,
         *,
         settings: Settings,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from smelt.engine.backends import CPU, default_tile, default_workers
 from smelt.engine.copying import PIECE
 from smelt.engine.reducing import bind, schedule
 from smelt.engine.run import KEEP_BYTES, worth_kernels
+from smelt.engine.steps import remembered_bytes
 from smelt.engine.tiles import BLOCK, Geometry
 from smelt.errors import RecipeError
 from smelt.methods.api import Cost
@@ -46,6 +49,9 @@ class Forecast:
     kernels: bool
     device: str = CPU
     device_memory: int = 0
+    apart_read: int = 0
+    """With merges within the recipe: what they would read if each was written, and then read by the others."""
+    apart_written: int = 0
     work: dict[str, Cost] = field(default_factory=dict)
 
     @property
@@ -70,20 +76,48 @@ def forecast(
     keep_bytes: int | None = None,
     kernels: bool | None = None,
     device: str = CPU,
+    merges: Within | None = None,
 ) -> Forecast:
-    """Predict a run with these settings; None stands for what `run` takes then."""
-    return _Costs(plan, device).with_settings(
+    """Predict a run with these settings; None stands for what `run` takes then. `merges` are those within the plan."""
+    costs = _Costs(plan, device, merges)
+    return costs.with_settings(
         workers=workers or default_workers(device),
         tile=tile or default_tile(device),
         keep_bytes=KEEP_BYTES if keep_bytes is None else keep_bytes,
-        kernels=worth_kernels(plan) if kernels is None else kernels,
+        kernels=costs.worth_kernels if kernels is None else kernels,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """The merges within a recipe that are read as models: their plans by name, each after those it is made of.
+
+    `kept` names those of them that are read from where they are written, and whether they are there already.
+    """
+
+    plans: Mapping[str, Plan] = field(default_factory=dict)
+    kept: Mapping[str, bool] = field(default_factory=dict)
+
+    @property
+    def computed(self) -> dict[str, Plan]:
+        """Those that are not written."""
+        return {name: plan for name, plan in self.plans.items() if name not in self.kept}
+
+    @property
+    def written(self) -> list[Plan]:
+        """Those that the run has yet to write."""
+        return [self.plans[name] for name, there in self.kept.items() if not there]
+
+    @property
+    def worked(self) -> dict[str, Plan]:
+        """Those that the run does work for: all that are not there already."""
+        return {name: plan for name, plan in self.plans.items() if not self.kept.get(name, False)}
 
 
 class _Costs:
     """What of a prediction does not depend on the settings, or on the tile alone: found once for all that are tried."""
 
-    def __init__(self, plan: Plan, device: str) -> None:
+    def __init__(self, plan: Plan, device: str, merges: Within | None = None) -> None:
         self.plan = plan
         self.device = device
         self.passes = {entry.name: passes(entry) for entry in plan.entries}
@@ -92,6 +126,10 @@ class _Costs:
         self._largest: dict[int, tuple[int, int, int]] = {}
         found = {entry.name: work_of(entry) for entry in plan.entries}
         self._work = {name: cost for name, cost in found.items() if cost is not None}
+        self._merges = merges or Within()
+        self._each = {name: _Costs(one, device) for name, one in self._merges.plans.items()}
+        self._read: dict[int, int] = {}
+        self.worth_kernels = worth_kernels(plan, *self._merges.worked.values())
 
     def with_settings(self, *, workers: int, tile: int, keep_bytes: int, kernels: bool) -> Forecast:
         stored, worked, largest = self._buffers(tile)
@@ -101,7 +139,7 @@ class _Costs:
         settings = (workers, tile, keep_bytes, kernels)
         if self.device != CPU:  # stored bytes of a task are on the host, those of a tile on the device as well
             memory += TORCH + workers * stored
-            return Forecast(
+            found = Forecast(
                 read,
                 self._written,
                 self.passes,
@@ -111,8 +149,37 @@ class _Costs:
                 device_memory=stored + worked,
                 work=self._work,
             )
-        memory += workers * largest + (COMPILER if kernels else 0)
-        return Forecast(read, self._written, self.passes, memory, *settings, work=self._work)
+        else:
+            memory += workers * largest + (COMPILER if kernels else 0)
+            found = Forecast(read, self._written, self.passes, memory, *settings, work=self._work)
+        return self._with_merges(found) if self._each else found
+
+    def _with_merges(self, found: Forecast) -> Forecast:
+        """The forecast of the output's own plan, and what the merges within it add."""
+        merges, keep = self._merges, found.keep_bytes
+        apart = [
+            each.with_settings(workers=1, tile=found.tile, keep_bytes=keep, kernels=found.kernels)
+            for each in self._each.values()
+        ]
+        if keep not in self._read:
+            plans, computed = (self.plan, *merges.written), merges.computed
+            self._read[keep] = sum(_stored_bytes(entry, one, computed, keep) for one in plans for entry in one.entries)
+        buffers = max((each._buffers(found.tile)[2] for each in self._each.values()), default=0)
+        uses = Counter(model.published for one in (self.plan, *merges.plans.values()) for model in one.models)
+        shared = sum(count > 1 for count in uses.values()) * remembered_bytes(found.tile)
+        each_worker = _levels(self.plan, merges.plans) * buffers + shared
+        entries = sum(len(one.entries) for one in merges.plans.values())
+        lasting = keep if any(count > 1 for one in apart for count in one.passes.values()) else 0
+        work = {f"{name}: {tensor}": cost for name in merges.worked for tensor, cost in self._each[name]._work.items()}
+        return replace(
+            found,
+            bytes_read=self._read[keep],
+            bytes_written=found.bytes_written + sum(one.output_bytes for one in merges.written),
+            memory=found.memory + PER_ENTRY * entries + found.workers * each_worker + lasting,
+            work=found.work | work,
+            apart_read=found.bytes_read + sum(one.bytes_read for one in apart),
+            apart_written=found.bytes_written + sum(one.bytes_written for one in apart),
+        )
 
     def _buffers(self, tile: int) -> tuple[int, int, int]:
         """The most of any tensor, for one worker: bytes of a task, those of tiles, and both together."""
@@ -128,25 +195,32 @@ class _Costs:
 
 
 def within(
-    memory: int, plan: Plan, *, workers: int | None = None, tile: int | None = None, device: str = CPU
+    memory: int,
+    plan: Plan,
+    *,
+    workers: int | None = None,
+    tile: int | None = None,
+    device: str = CPU,
+    merges: Within | None = None,
 ) -> Forecast:
     """The fastest settings whose predicted peak is at most `memory` bytes; none of them changes a result.
 
     Cut are, in this order: the tile and what tensors keep between their passes, the threads, the compiled kernels.
     Raises RecipeError, with the least that would do, where all of that is not enough.
     """
-    costs = _Costs(plan, device)
+    costs = _Costs(plan, device, merges)
     most = workers or default_workers(device)
     wide = tile or default_tile(device)
     small = min(wide, BLOCK)
     steps = [(wide, KEEP_BYTES), *((small, KEEP_BYTES // part) for part in (1, 2, 4, 8)), (small, 0)]
-    for kernels in [True, False] if worth_kernels(plan) else [False]:
+    for kernels in [True, False] if costs.worth_kernels else [False]:
         for count in range(most, 0, -1):
             for size, keep in steps:
                 found = costs.with_settings(workers=count, tile=size, keep_bytes=keep, kernels=kernels)
                 if found.memory <= memory:
                     return found
-    largest = max(plan.entries, key=lambda entry: sum(_worker_bytes(entry, small)))
+    every = [entry for one in (plan, *(merges.worked.values() if merges else ())) for entry in one.entries]
+    largest = max(every, key=lambda entry: sum(_worker_bytes(entry, small)))
     raise RecipeError(
         f"the merge does not fit into {size_text(memory)} of memory",
         where=[
@@ -173,3 +247,53 @@ def _worker_bytes(entry: Entry, tile: int) -> tuple[int, int]:
     stored = sum(source.tensor.dtype.nbytes(8 * task) // 8 for source in entry.sources)
     models = len(entry.sources)
     return stored + entry.dtype.nbytes(8 * task) // 8, 4 * task + tile * (4 * (3 * models + 2) + 8 * (models + 6))
+
+
+def _levels(plan: Plan, steps: Mapping[str, Plan]) -> int:
+    """How many merges stand in the longest chain within the output; `steps` has each after what it is made of."""
+    level: dict[str, int] = {}
+    for name, step in steps.items():
+        level[name] = 1 + max((level.get(model.published, 0) for model in step.models), default=0)
+    return max((level.get(model.published, 0) for model in plan.models), default=0)
+
+
+_Tensor = tuple[str, str]
+"""A model and a tensor of it."""
+
+
+def _stored_bytes(entry: Entry, plan: Plan, steps: Mapping[str, Plan], keep_bytes: int) -> int:
+    """Bytes of stored models that one tensor of the output costs, through all merges that it is made of.
+
+    What is read range by range together is read once, however many merges use it; passes that a merge makes for
+    itself, for its reductions, are its own.
+    """
+    sizes: dict[_Tensor, int] = {}
+    entries = {(name, one.name): one for name, step in steps.items() for one in step.entries}
+    seen: dict[_Tensor, set[_Tensor]] = {}
+    room = keep_bytes
+
+    def reads(one: Entry, of: Plan, times: int) -> tuple[Counter[_Tensor], set[_Tensor]]:
+        """What is read for itself, how often; and what is read together with others, `times` times."""
+        nonlocal room
+        own: Counter[_Tensor] = Counter()
+        together: set[_Tensor] = set()
+        rounds = passes(one) - 1
+        keeps = rounds > 0 and one.input_bytes <= room  # the outermost ask first
+        room -= one.input_bytes if keeps else 0
+        more = 1 if keeps else rounds + times
+        for source in one.sources:
+            key = (of.models[source.model].published, source.tensor.name)
+            if key in entries:
+                if key not in seen:
+                    inner, seen[key] = reads(entries[key], steps[key[0]], more)
+                    own += inner
+                together |= seen[key]
+            else:
+                sizes[key] = source.tensor.nbytes
+                together.add(key)
+        if keeps:
+            return own + Counter(together), set()
+        return own + Counter(dict.fromkeys(together, rounds)), together
+
+    own, together = reads(entry, plan, 1)
+    return sum(sizes[key] * count for key, count in (own + Counter(together)).items())

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,8 @@ from smelt.engine.copying import CopyRun, Known
 from smelt.engine.kernels import DEFINITIONS, Kernels, fused
 from smelt.engine.memory import Budget
 from smelt.engine.reducing import bind
-from smelt.engine.tensor import Settings, Sink, TensorResult, TensorRun
+from smelt.engine.steps import Stopped, Workshop, steps_among
+from smelt.engine.tensor import Readable, Settings, Sink, TensorResult, TensorRun
 from smelt.engine.tiles import Scratch
 from smelt.errors import InputError, SmeltError, StorageError, raise_all
 from smelt.methods import api
@@ -55,7 +57,10 @@ OnTensor = Callable[[TensorResult], None]
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a run gives: one result per entry, in plan order, how long it took, and the bytes that it moved."""
+    """What a run gives: one result per entry, in plan order, how long it took, and the bytes that it moved.
+
+    Of merges within the recipe, what they read of stored models is counted, and not what they gave.
+    """
 
     tensors: tuple[TensorResult, ...]
     seconds: float
@@ -84,13 +89,16 @@ def run(
     The result does not depend on `workers` (threads), `tile` (elements a method sees at once) or `kernels` (whether
     compiled ones are used; None: if the merge is large enough to repay loading them), or on `keep_bytes` (stored bytes
     that tensors may keep between their passes). `backend` is where methods work. Copied tensors that are in `known` are
-    moved unread. `done` are results of tensors that are in the sink already; `on_tensor` is told of each other one when
-    it is written. Raises the first error of any worker; KeyboardInterrupt stops the workers and is passed on.
+    moved unread. Sources may be merges of their own (`engine.steps`), which work with the same settings. `done` are
+    results of tensors that are in the sink already; `on_tensor` is told of each other one when it is written. Raises
+    the first error of any worker; KeyboardInterrupt stops the workers and is passed on.
     """
+    within = steps_among(sources)
+    plans = [plan, *(step.plan for step in within if step.computed)]
     if backend.kernels is not None:
         chosen = backend.kernels
     else:
-        chosen = _kernels() if kernels or (kernels is None and worth_kernels(plan)) else DEFINITIONS
+        chosen = _kernels() if kernels or (kernels is None and worth_kernels(*plans)) else DEFINITIONS
     settings = Settings(
         workers=workers or default_workers(backend.name),
         tile=tile or default_tile(backend.name),
@@ -101,15 +109,30 @@ def run(
         backend=backend,
     )
     started = time.perf_counter()
-    crew = _Crew(plan, sources, sink, settings, known=known or {}, done=done or {}, on_tensor=on_tensor)
-    with single_threaded() if uses_linear_algebra(plan) else contextlib.nullcontext():
+    budget = Budget(settings.keep_bytes, settings.backend.empty)
+    with ExitStack() as stack:
+        if uses_linear_algebra(*plans):
+            stack.enter_context(single_threaded())
+        workshop = stack.enter_context(Workshop.open(sources, settings, budget)) if within else None
+        crew = _Crew(
+            plan,
+            sources,
+            sink,
+            settings,
+            known=known or {},
+            done=done or {},
+            on_tensor=on_tensor,
+            budget=budget,
+            workshop=workshop,
+        )
         crew.work(progress)
-    return RunResult(tuple(crew.results()), time.perf_counter() - started, crew.read, crew.written)
+    read = crew.read if workshop is None else workshop.bytes_read
+    return RunResult(tuple(crew.results()), time.perf_counter() - started, read, crew.written)
 
 
-def worth_kernels(plan: Plan) -> bool:
+def worth_kernels(*plans: Plan) -> bool:
     """Whether a merge is large enough to repay loading the compiled kernels; copies have no use for them."""
-    merged = sum(entry.input_bytes for entry in plan.entries if entry.action is Action.MERGE)
+    merged = sum(entry.input_bytes for one in plans for entry in one.entries if entry.action is Action.MERGE)
     return merged >= WORTH_KERNELS
 
 
@@ -124,10 +147,11 @@ def preload() -> None:
         threading.Thread(target=load, name="smelt-preload").start()
 
 
-def uses_linear_algebra(plan: Plan) -> bool:
-    """Whether a method of the plan sees whole tensors, and so may call BLAS."""
-    able = {name for name in {entry.method for entry in plan.entries} if _may_see_tensors(name)}
-    merged = (entry for entry in plan.entries if entry.method in able and entry.action is Action.MERGE)
+def uses_linear_algebra(*plans: Plan) -> bool:
+    """Whether a method of these plans sees whole tensors, and so may call BLAS."""
+    entries = [entry for plan in plans for entry in plan.entries]
+    able = {name for name in {entry.method for entry in entries} if _may_see_tensors(name)}
+    merged = (entry for entry in entries if entry.method in able and entry.action is Action.MERGE)
     return any(bind(entry).grain is api.Grain.TENSOR for entry in merged)
 
 
@@ -159,13 +183,17 @@ class _Crew:
         known: Mapping[str, Known],
         done: Mapping[str, TensorResult],
         on_tensor: OnTensor | None,
+        budget: Budget,
+        workshop: Workshop | None,
     ) -> None:
         self._plan = plan
         self._known = known
         self._sources = sources
+        self._workshop = workshop
+        self._readers: list[Readable] = list(sources if workshop is None else map(workshop.reader, sources))
         self._sink = sink
         self._settings = settings
-        self._budget = Budget(settings.keep_bytes, settings.backend.empty)
+        self._budget = budget
         self._ready: list[tuple[int, int, int]] = []
         self._open: dict[int, TensorRun | CopyRun] = {}
         self._left: dict[int, int] = {}
@@ -194,8 +222,7 @@ class _Crew:
         finally:
             with held():  # no thread may outlive this call: its files will be closed
                 with self._changed:
-                    self._stop = True
-                    self._changed.notify_all()
+                    self._stop_all()
                 for thread in threads:
                     if thread.ident is not None:
                         thread.join()
@@ -223,6 +250,8 @@ class _Crew:
                         continue
                     read, written = self._open[index].task(task, scratch)
                     self._done(index, number, read, written, scratch)
+        except Stopped:
+            return
         except BaseException as error:
             try:
                 with self._changed:
@@ -230,11 +259,17 @@ class _Crew:
             except BaseException:  # no memory even to say so
                 self._lost = self._stop = True
 
+    def _stop_all(self) -> None:
+        """Have every worker stop after the task that it is at; the lock is held."""
+        self._stop = True
+        if self._workshop is not None:
+            self._workshop.stop()
+        self._changed.notify_all()
+
     def _fail(self, index: int, error: BaseException) -> None:
         """Remember what went wrong with a tensor, and stop; the lock is held."""
         self._failures.setdefault(index, self._placed(error))
-        self._stop = True
-        self._changed.notify_all()
+        self._stop_all()
 
     def _placed(self, error: BaseException) -> BaseException:
         if isinstance(error, MemoryError):
@@ -261,6 +296,8 @@ class _Crew:
         """Open a tensor and share its tasks out, or do all of it where it is small."""
         entry = self._plan.entries[index]
         tensor = self._tensor(entry)
+        if self._workshop is not None:
+            self._workshop.hold(entry, self._sources)
         read = written = 0
         if entry.size:
             tensor.begin(scratch)
@@ -270,6 +307,8 @@ class _Crew:
             if not tensor.end_pass(scratch):
                 break
         result = self._finished(tensor) if tensor.alone else None
+        if tensor.alone and self._workshop is not None:
+            self._workshop.drop(entry, self._sources)
         with self._changed:
             self._opening -= 1
             if result is not None:
@@ -290,9 +329,9 @@ class _Crew:
 
     def _tensor(self, entry: Entry) -> TensorRun | CopyRun:
         if entry.action is Action.MERGE:
-            return TensorRun(entry, self._sources, self._sink, settings=self._settings, budget=self._budget)
+            return TensorRun(entry, self._readers, self._sink, settings=self._settings, budget=self._budget)
         known = self._known.get(entry.name)
-        return CopyRun(entry, self._sources, self._sink, settings=self._settings, known=known)
+        return CopyRun(entry, self._readers, self._sink, settings=self._settings, known=known)
 
     def _count(self, read: int, written: int) -> None:
         self.read += read
@@ -315,6 +354,8 @@ class _Crew:
             tensor = self._open[index]
         again = tensor.end_pass(scratch)
         result = None if again else self._finished(tensor)
+        if not again and self._workshop is not None:
+            self._workshop.drop(tensor.entry, self._sources)
         with self._changed:
             if result is None:
                 self._queue(index, tensor, number + 1)

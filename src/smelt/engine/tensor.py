@@ -31,9 +31,9 @@ from smelt.methods.loading import answerable, definition_of
 from smelt.methods.reducers import described
 from smelt.methods.selection import KthLargest
 from smelt.planning.entries import Entry
-from smelt.specs import Grain
+from smelt.specs import Grain, TensorSpec
 from smelt.storage import digests
-from smelt.storage.checkpoint import TensorSource
+from smelt.storage.files import Buffer
 
 _SAMPLE = (32, 1024)
 """Chunks of a sample, and elements of each."""
@@ -42,6 +42,15 @@ _WORTH_SAMPLE = 1 << 20
 _NOWHERE = np.zeros(0, dtype=np.intp)
 _READ_BACK = 8 * digests.BLOCK
 """Bytes that are read back at a time for digests."""
+
+
+class Readable(Protocol):
+    """What tensors are read from: a source, or what stands before one."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read_into(self, spec: TensorSpec, start: int, stop: int, buffer: Buffer) -> None: ...
 
 
 class Sink(Protocol):
@@ -87,10 +96,13 @@ class Stage(enum.Enum):
 
 
 class TensorRun:
-    """The work of one entry that is merged. `task` may be called from any thread, `begin` and `end_pass` by one."""
+    """The work of one entry that is merged. `task` may be called from any thread, `begin` and `end_pass` by one.
+
+    Without a sink nothing is written: when the reductions are done, any thread may ask `produce` for any part.
+    """
 
     def __init__(
-        self, entry: Entry, sources: Sequence[TensorSource], sink: Sink, *, settings: Settings, budget: Budget
+        self, entry: Entry, sources: Sequence[Readable], sink: Sink | None, *, settings: Settings, budget: Budget
     ) -> None:
         self.entry = entry
         self._sources = sources
@@ -131,7 +143,12 @@ class TensorRun:
     @property
     def alone(self) -> bool:
         """Whether one worker does all of it."""
-        return self.geometry.tasks <= 1
+        return self.geometry.tasks <= 1 and self._sink is not None
+
+    @property
+    def reducing(self) -> bool:
+        """Whether the present pass is one of reductions."""
+        return self._stage is Stage.REDUCE
 
     def begin(self, scratch: Scratch) -> None:
         """Prepare the first pass."""
@@ -339,10 +356,12 @@ class TensorRun:
                 running.take(partials, given.start // self.geometry.block)
         return left
 
-    def _write(self, start: int, stop: int, scratch: Scratch) -> tuple[int, int]:
-        entry = self.entry
-        size = entry.dtype.bits // 8
-        out = scratch.array("out", ((stop - start) * size,), np.uint8)
+    def produce(self, start: int, stop: int, out: Any, scratch: Scratch) -> int:
+        """Put the stored bytes of elements [start, stop) of the result into `out`; gives the bytes read for it.
+
+        Only after the reductions; both ends must lie where the method's grain allows a cut.
+        """
+        size = self.entry.dtype.bits // 8
         stored, read = self._read(start, stop, scratch)
         with np.errstate(all="ignore"):
             done, cut = self._write_by_kernel(stored, start, stop, out, scratch)
@@ -355,7 +374,14 @@ class TensorRun:
                 cut = self._encode(self._checked(values, given.shape), piece)
                 if cut is not None:
                     self._count_nonfinite(piece, given.stored, low, cut)
-        self._sink.write(entry.name, start * size, out)
+        return read
+
+    def _write(self, start: int, stop: int, scratch: Scratch) -> tuple[int, int]:
+        assert self._sink is not None
+        size = self.entry.dtype.bits // 8
+        out = scratch.array("out", ((stop - start) * size,), np.uint8)
+        read = self.produce(start, stop, out, scratch)
+        self._sink.write(self.entry.name, start * size, out)
         self._digest(start * size, out)
         return read, len(out)
 
@@ -363,7 +389,8 @@ class TensorRun:
         self, stored: Sequence[tuple[Any, DType]], start: int, stop: int, out: Any, scratch: Scratch
     ) -> tuple[bool, Any]:
         """Let a kernel write a whole task to `out`: whether it did, and what `_encode` gives."""
-        if self._tile_kernel is None:
+        # kernels count on whole blocks before the range; what is read of a merge within a recipe may begin anywhere
+        if self._tile_kernel is None or start % self.geometry.block:
             return False, None
         kernels, dtype = self._settings.kernels, self.entry.dtype
         kind = kernels.elements.get(dtype.code)
@@ -436,5 +463,6 @@ class TensorRun:
         start = task * _READ_BACK
         stop = min(start + _READ_BACK, self.entry.nbytes)
         buffer = scratch.array("written", (stop - start,), np.uint8)
+        assert self._sink is not None
         self._sink.read_back(self.entry.name, start, stop, memoryview(buffer))
         self._digests.update(enumerate(digests.of_blocks(memoryview(buffer)), start // digests.BLOCK))

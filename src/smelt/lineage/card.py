@@ -19,14 +19,25 @@ _SPECIAL = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null
 _LICENCE = ("license", "license_name", "license_link")
 
 
-def card(plan: Plan, *, name: str, recipe: Mapping[str, Any], donor_card: bytes | None, library: str | None) -> bytes:
+def card(
+    plan: Plan,
+    *,
+    name: str,
+    recipe: Mapping[str, Any],
+    donor_card: bytes | None,
+    library: str | None,
+    steps: Mapping[str, Plan] | None = None,
+) -> bytes:
     """The card of the merged model `name`. `recipe` is its canonical form, `donor_card` the donor's card, if any.
 
-    `library` is the one that loads the model, if that is known.
+    `library` is the one that loads the model, if that is known. `steps` are the plans of the merges within the recipe,
+    by name.
     """
     text = to_yaml(recipe)
     front = ["---", "base_model:"]
-    names = dict.fromkeys(model.repository or model.published for model in plan.models)
+    within = [(step, model) for step, inner in (steps or {}).items() for model in inner.models]
+    stored = [model for model in (*plan.models, *(model for _, model in within)) if not model.merged]
+    names = dict.fromkeys(model.repository or model.published for model in stored)
     front += [f"- {_quoted(name)}" for name in names]
     front += ["base_model_relation: merge"]
     donor = (donor_card or b"").decode("utf-8-sig", "replace")  # only plain words of it are taken over
@@ -48,6 +59,7 @@ def card(plan: Plan, *, name: str, recipe: Mapping[str, Any], donor_card: bytes 
         "|---|---|",
         *(f"| {_cell(model.published)} | {_role(index, plan)} |" for index, model in enumerate(plan.models)),
         *([f"| {_cell(plan.tokenizer)} | tokenizer |"] if plan.tokenizer not in published else []),
+        *(f"| {_cell(model.published)} | in `{step}` ({(steps or {})[step].method}) |" for step, model in within),
         "",
         "## Recipe",
         "",
@@ -63,10 +75,11 @@ def card(plan: Plan, *, name: str, recipe: Mapping[str, Any], donor_card: bytes 
 
 
 def _role(index: int, plan: Plan) -> str:
+    merged = ["merge of this recipe"] if plan.models[index].merged else []
     gives = ["config"] if index == plan.donor else []
     gives += ["tokenizer"] if plan.models[index].published == plan.tokenizer else []
     roles = [*(["base"] if index == plan.base else []), *([" and ".join(gives)] if gives else [])]
-    return ", ".join(roles) or "model"
+    return ", ".join([*merged, *roles]) or "model"
 
 
 def _quoted(name: str) -> str:

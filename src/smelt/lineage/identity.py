@@ -31,6 +31,7 @@ def identity(
     layout: Layout,
     *,
     inputs: Sequence[Sequence[FileInfo]],
+    merges: Mapping[str, tuple[Plan, Sequence[Sequence[FileInfo]]]] | None = None,
     allow: Iterable[str],
     shard_bytes: int,
     companions: Mapping[str, bytes],
@@ -39,8 +40,11 @@ def identity(
     """The head of the journal of a merge, as JSON values.
 
     `inputs` gives each model's weight files: they count with header digest, size, time and inode, so that a file that
-    was replaced or edited is another. `companions` are the small files that will stand beside the weights.
+    was replaced or edited is another. `merges` are the plans of the merges within the recipe, each with its models'
+    files. `companions` are the small files that will stand beside the weights.
     """
+    within = merges or {}
+    foreign = [_foreign(one) for one in (plan, *(step for step, _ in within.values()))]
     return {
         "format": FORMAT,
         "smelt": __version__,
@@ -49,14 +53,20 @@ def identity(
         "seed": plan.seed,
         "allow": sorted(allow),
         "shard size": shard_bytes,
-        "methods": {**method_files, **_foreign(plan)},
-        "input": {
-            f"{model.published}/{info.name}": [info.header_digest, *info.stamp]
-            for model, its in zip(plan.models, inputs, strict=True)
-            for info in its
-        },
+        "methods": {**method_files, **{name: sha for found in foreign for name, sha in found.items()}},
+        "input": _stamps(plan, inputs) | {name: at for one in within.values() for name, at in _stamps(*one).items()},
         "small file": {name: file_digest(content) for name, content in companions.items()},
         "plan": _plan_digest(plan, layout),
+        **({"merges": {name: _plan_digest(step) for name, (step, _) in within.items()}} if within else {}),
+    }
+
+
+def _stamps(plan: Plan, inputs: Sequence[Sequence[FileInfo]]) -> dict[str, list[Any]]:
+    """What each weight file of the plan's models is known by; merges within the recipe have none."""
+    return {
+        f"{model.published}/{info.name}": [info.header_digest, *info.stamp]
+        for model, its in zip(plan.models, inputs, strict=True)
+        for info in its
     }
 
 
@@ -72,12 +82,12 @@ def _foreign(plan: Plan) -> dict[str, str]:
     return found
 
 
-def _plan_digest(plan: Plan, layout: Layout) -> str:
+def _plan_digest(plan: Plan, layout: Layout | None = None) -> str:
     """Of every tensor with its numbers and its place: whatever else may come to decide about them."""
     digest = hashlib.sha256()
     for entry in plan.entries:
         digest.update(json.dumps(entry_json(entry, plan), sort_keys=True).encode())
         digest.update(json.dumps([source.stream for source in entry.sources]).encode())
-    for shard in layout.shards:
+    for shard in layout.shards if layout is not None else ():
         digest.update(xxhash.xxh3_128_digest(shard.header))
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from smelt._version import __version__
-from smelt.planning.entries import Entry, Plan
+from smelt.planning.entries import Entry, Plan, PlannedModel
 from smelt.planning.explain import entry_json
 from smelt.storage.checkpoint import FileInfo
 from smelt.storage.layout import Layout
@@ -38,6 +38,8 @@ def record(
     method_files: Mapping[str, str],
     trusted: Collection[str] = (),
     device: Mapping[str, str] | None = None,
+    merges: Mapping[str, Plan] | None = None,
+    further: Sequence[PlannedModel] = (),
 ) -> bytes:
     """The record as JSON.
 
@@ -45,7 +47,8 @@ def record(
     digest of each output tensor, `nonfinite` how many of its numbers are NaN or infinite, `companions` the sha256 of
     each small file, `method_files` that of each method file which the recipe names. Digests and counts of tensors in
     `trusted` were taken over from the record of the model that they were copied from. `device` is what the numbers were
-    worked out on, if it was not the CPU.
+    worked out on, if it was not the CPU. `merges` are the plans of the merges within the recipe, and `further` the
+    models that only they use; in `inputs` and `hashes` these follow the plan's own.
     """
     tree: dict[str, Any] = {
         "format": FORMAT,
@@ -69,8 +72,10 @@ def record(
                     for info in inputs[index]
                 ],
             }
-            for index, model in enumerate(plan.models)
+            for index, model in enumerate([*plan.models, *further])
+            if not model.merged
         ],
+        **({"merges": {name: _made_within(step) for name, step in merges.items()}} if merges else {}),
         "donor": plan.models[plan.donor].published,
         "tokenizer": plan.tokenizer,
         "digest": DIGEST,
@@ -101,6 +106,16 @@ def record(
     }
     tree["checksum"] = checksum(tree)
     return (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _made_within(plan: Plan) -> dict[str, Any]:
+    """What the record says of a merge within the recipe; its tensors follow from the recipe's text."""
+    return {
+        "method": plan.method,
+        "inputs": [model.published for model in plan.models],
+        "donor": plan.models[plan.donor].published,
+        "tokenizer": plan.tokenizer,
+    }
 
 
 def checksum(tree: Mapping[str, Any]) -> str:

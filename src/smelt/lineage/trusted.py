@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from smelt.errors import InputError
 from smelt.lineage.record import DIGEST, FORMAT, RECORD
-from smelt.lineage.verify import tensor_digest
+from smelt.lineage.verify import read_record, tensor_digest
 from smelt.planning.entries import Action, Plan
 from smelt.specs import TensorSpec
 from smelt.storage.checkpoint import Checkpoint, TensorSource
@@ -58,6 +59,15 @@ def trusted(plan: Plan, sources: Sequence[TensorSource]) -> tuple[dict[str, Clai
         why = f"no model that they come from has a {RECORD}" if copied else "no tensor is copied as it is"
         warnings.append(f"--trust-digests has no effect: {why}")
     return found, warnings
+
+
+def check_record(source: Checkpoint, folder: Path) -> None:
+    """Raise InputError unless the model has a sound record, which fits as far as is seen without reading all.
+
+    Of every weight file, size and header are compared, and the digest of one small tensor.
+    """
+    read_record(source, folder)
+    _claims(source)
 
 
 def _claims(source: Checkpoint) -> dict[str, Claim]:

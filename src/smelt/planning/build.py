@@ -94,7 +94,7 @@ class _Builder:
             donor=self.donor,
             base=self.base,
             entries=tuple(entries),
-            recipe_digest=digest(self.recipe, rename={text: self.models[i].name for text, i in self.place.items()}),
+            recipe_digest=digest(self.recipe, rename=self._published()),
             restacked=alignment.restacked,
             tokenizer=tokens.giver.name,
             chat_template=tokens.chat_template,
@@ -104,6 +104,11 @@ class _Builder:
             warnings=tuple(self.warnings),
             seed=self.seed,
         )
+
+    def _published(self) -> dict[str, str]:
+        """What the recipe calls its models -> what papers call them; those of merges within it too."""
+        inner = {text: model.name for text, model in self.opened.items()} if self.recipe.merges else {}
+        return inner | {text: self.models[i].name for text, i in self.place.items()}
 
     # --- one output tensor --------------------------------------------------------------------------------------
 

@@ -78,7 +78,7 @@ class PlannedModel:
     """A model of the plan: as the recipe names it, as the output's papers name it, and where it was found.
 
     A local folder is published by its name alone, a hub model as `org/name` or `org/name@revision`; `repository` is the
-    hub's name for it, `commit` what the revision meant.
+    hub's name for it, `commit` what the revision meant. `merged`: it is not stored, but another merge of the recipe.
     """
 
     ref: ModelRef
@@ -86,6 +86,7 @@ class PlannedModel:
     place: str
     commit: str | None = None
     repository: str | None = None
+    merged: bool = False
 
 
 @dataclass(frozen=True, slots=True)

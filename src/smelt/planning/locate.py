@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from smelt.errors import InputError, SmeltError, nearest, raise_all
+from smelt.errors import InputError, RecipeError, SmeltError, nearest, raise_all
 from smelt.planning.anatomy import Anatomy, anatomy, check
 from smelt.planning.entries import PlannedModel
 from smelt.recipe.references import ModelName, resolve_name
@@ -51,6 +51,7 @@ def open_models(
     stack: ExitStack,
     weights: bool = True,
     trust_pickles: bool = False,
+    merges: Sequence[str] = (),
 ) -> dict[str, Model]:
     """Open every model of a recipe; `beside` is the recipe's folder. All that cannot be opened is told at once.
 
@@ -58,11 +59,12 @@ def open_models(
 
     Two names that lead to the same folder give the same Model. The checkpoints are closed with `stack`. With `weights`
     false, no weights are downloaded: of a model that the hub cache does not hold completely, tensors cannot be read.
-    With `trust_pickles`, models that are stored as pickles are read, by a child process.
+    With `trust_pickles`, models that are stored as pickles are read, by a child process. `merges` are the names of the
+    recipe's own merges: no model is published under one of them.
     """
     models: dict[str, Model] = {}
     by_place: dict[tuple[str, str | None], Model] = {}
-    taken: set[str] = set()
+    taken: set[str] = set(merges)
     problems: list[SmeltError] = []
     for name, mention in names.items():
         try:
@@ -83,8 +85,25 @@ def open_models(
             models[name.text] = by_place[key]
         except SmeltError as error:
             problems.extend(_at(mention, problem) for problem in error.problems)
+            if name.text not in models and (close := nearest(name.text, merges)):
+                problems[-1].fix = f"did you mean the merge `{close}`?"
     raise_all(problems)
     return models
+
+
+def clashes(names: Mapping[str, Sequence[str]], *, beside: Path | None) -> list[SmeltError]:
+    """Names of merges (with where the recipe has them) that are folders too: it would not be plain which is meant."""
+    problems: list[SmeltError] = []
+    for name, where in names.items():
+        for root in _roots(beside):
+            if os.path.lexists(root / name):
+                fix = f"rename the merge; the folder can always be named as ./{name}"
+                there = [*where, f"folder {root / name}"]
+                problems.append(
+                    RecipeError(f"'{name}' is a merge of this recipe and a folder too", where=there, fix=fix)
+                )
+                break
+    return problems
 
 
 def open_recorded(

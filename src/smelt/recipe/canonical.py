@@ -10,7 +10,7 @@ from typing import Any
 
 from smelt.dtypes import OUTPUT_NAMES
 from smelt.recipe.references import ModelName
-from smelt.recipe.schema import Module, Recipe, Slice, Source, Tokenizer, TokenRule, TokenSource
+from smelt.recipe.schema import Body, Module, Recipe, Slice, Source, Step, Tokenizer, TokenRule, TokenSource
 from smelt.recipe.settings import Conditional, Gradient, Plain, Scalar, Setting
 
 _BARE = re.compile(r"(?:[A-Za-z_/]|\.{1,2}/)[A-Za-z0-9_./@+\-]*")
@@ -51,26 +51,36 @@ class _Writer:
         self.rename = rename
 
     def recipe(self, recipe: Recipe) -> dict[str, Any]:
-        modules = sorted((recipe.modules or {}).items())
+        body = self._body(recipe)
+        allow = body.pop("allow", None)
         return _given(
             name=recipe.name,
-            merge_method=recipe.merge_method,
-            base_model=self._name(recipe.base_model),
-            models=[self._source(source) for source in recipe.models or ()],
-            slices=[self._slice(part) for part in recipe.slices or ()],
-            modules={name: self._module(module) for name, module in modules},
-            parameters=_parameters(recipe.parameters),
-            lines=None
-            if recipe.lines is None
-            else {"alpha": _plain(recipe.lines.alpha), "beta": _plain(recipe.lines.beta)},
-            dtype=_dtype(recipe.dtype),
-            out_dtype=_dtype(recipe.out_dtype),
-            tokenizer_source=self._vocabulary(recipe.tokenizer_source),
-            tokenizer=None if recipe.tokenizer is None else self._tokenizer(recipe.tokenizer),
-            chat_template=recipe.chat_template,
+            merges={name: self._step(step) for name, step in (recipe.merges or {}).items()},
+            **body,
             methods=[self.rename.get(path, path) for path in recipe.methods],
-            allow=sorted(set(recipe.allow)),
-            missing=None if recipe.missing == "error" else recipe.missing,
+            allow=allow,
+        )
+
+    def _step(self, step: Step) -> dict[str, Any]:
+        return self._body(step) | _given(keep=step.keep or None)
+
+    def _body(self, body: Body) -> dict[str, Any]:
+        modules = sorted((body.modules or {}).items())
+        return _given(
+            merge_method=body.merge_method,
+            base_model=self._name(body.base_model),
+            models=[self._source(source) for source in body.models or ()],
+            slices=[self._slice(part) for part in body.slices or ()],
+            modules={name: self._module(module) for name, module in modules},
+            parameters=_parameters(body.parameters),
+            lines=None if body.lines is None else {"alpha": _plain(body.lines.alpha), "beta": _plain(body.lines.beta)},
+            dtype=_dtype(body.dtype),
+            out_dtype=_dtype(body.out_dtype),
+            tokenizer_source=self._vocabulary(body.tokenizer_source),
+            tokenizer=None if body.tokenizer is None else self._tokenizer(body.tokenizer),
+            chat_template=body.chat_template,
+            allow=sorted(set(body.allow)),
+            missing=None if body.missing == "error" else body.missing,
         )
 
     def _source(self, source: Source) -> dict[str, Any]:

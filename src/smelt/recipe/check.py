@@ -19,6 +19,14 @@ def check_parameters(recipe: Recipe, *, present_only: bool = False) -> list[Smel
 
     `present_only` judges what is there and not what is missing: for a recipe with other faults.
     """
+    problems = _own_problems(recipe, present_only=present_only)
+    for step in recipe.steps().values():
+        problems += _own_problems(step, present_only=present_only)
+    return problems
+
+
+def _own_problems(recipe: Recipe, *, present_only: bool) -> list[SmeltError]:
+    """The problems of one merge, those that it is made of apart."""
     problems = [*_foreign_paths(recipe), *_twice_answered(recipe)]
     if recipe.merge_method not in api.names():
         unknown = f"unknown merge_method '{visible(recipe.merge_method)}'"

@@ -24,13 +24,15 @@ def editor_schema() -> dict[str, Any]:
     tree = Recipe.model_json_schema()
     tree["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     tree["title"] = "smelt recipe"
-    tree["properties"]["merge_method"] = {
+    method = {
         "description": "How the models are merged.",
         "oneOf": [{"const": name, "description": api.get(name).summary} for name in api.names()],
     }
     names = [*OUTPUT_NAMES, *(f"torch.{name}" for name in OUTPUT_NAMES)]
-    for key in ("dtype", "out_dtype"):
-        tree["properties"][key] = {"enum": [*names, None], "description": "The type of the output's numbers."}
+    for merge in (tree, tree["$defs"]["Step"]):
+        merge["properties"]["merge_method"] = method
+        for key in ("dtype", "out_dtype"):
+            merge["properties"][key] = {"enum": [*names, None], "description": "The type of the output's numbers."}
     parameters = {"type": ["object", "null"], "properties": _parameters(), "additionalProperties": False}
     for node in (tree, *tree.get("$defs", {}).values()):
         if "parameters" in node.get("properties", {}):

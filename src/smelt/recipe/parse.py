@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from smelt.errors import InputError, RecipeError, SmeltError, nearest, raise_all
-from smelt.recipe import problems, yaml
+from smelt.recipe import nesting, problems, yaml
 from smelt.recipe.check import check_parameters
 from smelt.recipe.document import MAX_BYTES, Document, from_plain
 from smelt.recipe.schema import Recipe
@@ -54,8 +54,8 @@ def _typed(document: Document, found: list[SmeltError]) -> Recipe:
     except ValidationError as error:
         raise_all([*found, *problems.in_words(error, document), *_parameter_problems(error, document)])
         raise AssertionError("a ValidationError holds at least one problem") from error
-    raise_all([*found, *problems.law_problems(document)])
     recipe._document = document
+    raise_all([*found, *problems.law_problems(document), *nesting.faults(recipe)])
     return recipe
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from smelt.errors import RecipeError, nearest
 from smelt.recipe.document import Document, KeyPath, visible
 from smelt.recipe.faults import FAULT, Fault, describe
-from smelt.recipe.schema import Lines, Module, Recipe, Slice, Source, Tokenizer, TokenRule
+from smelt.recipe.schema import Lines, Module, Recipe, Slice, Source, Step, Tokenizer, TokenRule
 
 _PLACES: dict[type[BaseModel], str] = {
     Recipe: "to the top of the recipe",
@@ -26,6 +26,9 @@ _PLACES: dict[type[BaseModel], str] = {
     TokenRule: "under a token of `tokenizer: tokens:`",
 }
 _STRUCTURE = frozenset({*Recipe.model_fields, *Slice.model_fields, *Source.model_fields} - {"name", "allow", "methods"})
+
+_OF_STEPS = "into an entry of `merges:`"
+"""Where the keys belong that only merges by name have."""
 
 _NAMES_OF_MODELS = ("name", "path", "id", "repo", "repo_id", "model_name", "model_path", "model_id")
 """What stands in the place of `model:` now and then."""
@@ -144,7 +147,7 @@ def _unknown_key(path: KeyPath, tree: Any) -> tuple[Fault, str | None]:
     known = [name for name in level.model_fields if name != key] if level else []
     absent = [name for name in known if name not in given]
     missing = [name for name in absent if level and level.model_fields[name].is_required()]
-    own, every = _parameter_names(tree) if "parameters" in known else ([], [])
+    own, every = _parameter_names(_body(path, tree)) if "parameters" in known else ([], [])
     if key in every:
         fix = f"it is a parameter of a method: move it under `parameters:`{_here(path)}"
         return Fault(message, path, fix), None
@@ -156,6 +159,8 @@ def _unknown_key(path: KeyPath, tree: Any) -> tuple[Fault, str | None]:
         fix = f"write `- model: {visible(key)}`, and its settings under `parameters:`"
         return Fault(message, path, fix), "model"
     homes = [place for record, place in _PLACES.items() if key in record.model_fields and record is not level]
+    if key in Step.model_fields and key not in Recipe.model_fields and level is not Step:
+        homes.append(_OF_STEPS)
     if homes:
         return Fault(message, path, f"move it {' or '.join(homes)}"), None
     if close := nearest(key, missing) or nearest(key, absent) or _same_word(key, missing) or _same_word(key, absent):
@@ -170,6 +175,11 @@ def _same_word(key: str, known: list[str]) -> str | None:
     words = set(key.lower().replace("-", "_").split("_"))
     found = [name for name in known if words & set(name.split("_"))]
     return found[0] if len(found) == 1 else None
+
+
+def _body(path: KeyPath, tree: Any) -> Any:
+    """The merge that `path` belongs to: one of `merges:`, or the recipe itself."""
+    return _at(tree, path[:2]) if path[:1] == ("merges",) and len(path) > 2 else tree
 
 
 def _is_single(value: Any) -> bool:
@@ -245,18 +255,24 @@ def _laws(tree: Any) -> Iterator[Fault]:
     """What no single key can tell. Keys of a wrong type are passed over: pydantic reports them."""
     if not isinstance(tree, dict):
         return
-    yield from _one_of(tree, (), ("models", "slices", "modules"))
-    if tree.get("tokenizer") is not None and tree.get("tokenizer_source") is not None:
+    yield from _body_laws(tree, ())
+    for name, step in _entries(tree.get("merges")):
+        yield from _body_laws(step, ("merges", name))
+
+
+def _body_laws(body: dict[str, Any], path: KeyPath) -> Iterator[Fault]:
+    yield from _one_of(body, path, ("models", "slices", "modules"))
+    if body.get("tokenizer") is not None and body.get("tokenizer_source") is not None:
         fix = "keep `tokenizer:` and remove `tokenizer_source:`"
-        yield Fault("`tokenizer` and `tokenizer_source` are both given", ("tokenizer_source",), fix)
-    yield from _parts(tree, ())
-    for name, module in _entries(tree.get("modules")):
-        yield from _one_of(module, ("modules", name), ("models", "slices"))
-        yield from _parts(module, ("modules", name))
-    if isinstance(tokenizer := tree.get("tokenizer"), dict):
+        yield Fault("`tokenizer` and `tokenizer_source` are both given", (*path, "tokenizer_source"), fix)
+    yield from _parts(body, path)
+    for name, module in _entries(body.get("modules")):
+        yield from _one_of(module, (*path, "modules", name), ("models", "slices"))
+        yield from _parts(module, (*path, "modules", name))
+    if isinstance(tokenizer := body.get("tokenizer"), dict):
         for token, rule in _entries(tokenizer.get("tokens")):
             if isinstance(source := rule.get("source"), dict):
-                yield from _token(source, ("tokenizer", "tokens", token, "source"))
+                yield from _token(source, (*path, "tokenizer", "tokens", token, "source"))
 
 
 def _is_range(chosen: Any) -> bool:
@@ -298,7 +314,7 @@ def _one_of(level: dict[str, Any], path: KeyPath, keys: tuple[str, ...]) -> Iter
     given = [key for key in keys if level.get(key) is not None]
     names = ", ".join(f"`{key}`" for key in keys[:-1]) + f" or `{keys[-1]}`"
     if not given and not any(nearest(key, keys) for key in level if key not in Recipe.model_fields):
-        what = f"module `{visible(str(path[-1]))}`" if path else "the recipe"
+        what = f"{str(path[-2]).removesuffix('s')} `{visible(str(path[-1]))}`" if path else "the recipe"
         yield Fault(f"{what} names no models to merge", path, f"add {names}")
     for key in given[1:]:
         yield Fault(f"`{given[0]}` and `{key}` are both given", (*path, key), f"keep one of {names}")

@@ -1,4 +1,4 @@
-"""The recipe language: MergeKit's YAML, strict, with a few keys more: `name`, `methods`, `allow`, `missing`, `match:`.
+"""The recipe language: MergeKit's YAML, strict, with a few keys more: `merges`, `methods`, `missing`, `match:`.
 
 These records hold what a recipe says and no defaults of methods. `parse.parse`, `parse.load` and `parse.from_dict` make
 them; that is where problems are put into words.
@@ -42,6 +42,7 @@ __all__ = [
     "Setting",
     "Slice",
     "Source",
+    "Step",
     "TokenRule",
     "TokenSource",
     "Tokenizer",
@@ -242,11 +243,10 @@ class Lines(Record):
     beta: Number
 
 
-class Recipe(Record):
-    """A whole recipe."""
+class Body(Record):
+    """What one merge is made of, and how."""
 
     merge_method: str
-    name: str | None = None
     base_model: Name | None = None
     models: Many[Source] | None = None
     slices: Many[Slice] | None = None
@@ -258,11 +258,26 @@ class Recipe(Record):
     tokenizer_source: Vocabulary | None = None
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
-    methods: Annotated[tuple[str, ...], Field(strict=False)] = ()
     allow: Annotated[tuple[Relaxation, ...], Field(strict=False)] = ()
     missing: Missing = "error"
 
+
+class Step(Body):
+    """A merge under a name, which the others may use as a model; with `keep` it is written down and used again."""
+
+    keep: Annotated[bool, BeforeValidator(read_boolean)] = False
+
+
+class Recipe(Body):
+    """A whole recipe: the merge that is written, and the merges by name that it is made of."""
+
+    name: str | None = None
+    methods: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    merges: Annotated[dict[str, Step], Field(min_length=1)] | None = None
+
     _document: Document = PrivateAttr(default_factory=lambda: Document(None, "recipe"))
+    _at: KeyPath = PrivateAttr(default=())
+    """Where the recipe stands in its document: () for a whole one, ("merges", NAME) for one of its merges."""
 
     def __eq__(self, other: object) -> bool:
         """Whether both say the same, wherever they were read."""
@@ -277,11 +292,11 @@ class Recipe(Record):
 
     def position(self, *path: str | int) -> str:
         """`recipe.yml:7:5` for a key (or its nearest known surroundings); the source name where nothing is known."""
-        return self._document.label(path)
+        return self._document.label((*self._at, *path))
 
     def where(self, *path: str | int, value: bool = False) -> list[str]:
         """For the `where` of an error: the position of a key (or of its value), and the text of that line."""
-        return self._document.where(path, value=value)
+        return self._document.where((*self._at, *path), value=value)
 
     @property
     def vocabulary(self) -> Tokenizer | None:
@@ -289,6 +304,18 @@ class Recipe(Record):
         if self.tokenizer_source is not None:
             return Tokenizer(source=self.tokenizer_source)
         return self.tokenizer
+
+    def steps(self) -> dict[str, Recipe]:
+        """Each of `merges:` as a recipe of its own, by name. Where it names no type, its numbers are float32."""
+        found = {}
+        for name, step in (self.merges or {}).items():
+            said = {key: getattr(step, key) for key in Body.model_fields}
+            if step.dtype is None and step.out_dtype is None:
+                said["out_dtype"] = "float32"
+            recipe = Recipe.model_construct(**said)
+            recipe._document, recipe._at = self._document, ("merges", name)
+            found[name] = recipe
+        return found
 
     def blocks(self) -> Iterator[Block]:
         """All that is merged, in recipe order."""

@@ -1,5 +1,7 @@
 """YAML text -> plain values, each with its line and column; strict, and safe to point at anything.
 
+Several documents are read as one: those with a `name:` stand in the `merges:` of the one that is the output.
+
 ruamel.yaml splits the text into events; the values are built here, from a small part of YAML: mappings with text keys,
 sequences, text, numbers, true/false, null. Every limit holds before memory or time is spent.
 """
@@ -54,7 +56,7 @@ _WORDS: dict[str, bool | None] = {
 
 
 def read(text: str | bytes, *, source: str = "recipe") -> Document:
-    """The values of one YAML document. Raises RecipeError (all problems that leave a tree are listed together)."""
+    """The values of a YAML text. Raises RecipeError (all problems that leave a tree are listed together)."""
     document, problems = read_leniently(text, source=source)
     raise_all(problems)
     return document
@@ -72,10 +74,11 @@ def read_leniently(text: str | bytes, *, source: str) -> tuple[Document, list[Sm
             fix="remove it; a recipe is plain text in UTF-8",
         )
     builder = _Builder(source, lines)
-    root = _compose(decoded, builder)
+    roots = _compose(decoded, builder)
+    root = roots[0] if roots else None
     if root is None or (root.kind == "scalar" and root.plain and root.text in _WORDS and _WORDS[root.text] is None):
         raise RecipeError("the recipe is empty", where=[source], fix="start with `merge_method:` and `models:`")
-    value = builder.build(root, ())
+    value = builder.build(root, ()) if len(roots) == 1 else builder.build_together(roots)
     return Document(value, source, builder.positions, builder.values, lines), builder.problems
 
 
@@ -109,9 +112,9 @@ def _decode(text: str | bytes, source: str) -> str:
     return decoded.removeprefix("\ufeff")
 
 
-def _compose(text: str, builder: _Builder) -> _Node | None:
-    """The tree of nodes; an alias is the node that it names, so a bomb costs nothing here."""
-    root: _Node | None = None
+def _compose(text: str, builder: _Builder) -> list[_Node]:
+    """The tree of nodes of each document; an alias is the node that it names, so a bomb costs nothing here."""
+    roots: list[_Node] = []
     stack: list[_Node] = []
     anchors: dict[str, _Node] = {}
     documents = count = 0
@@ -119,12 +122,9 @@ def _compose(text: str, builder: _Builder) -> _Node | None:
         place = Position(event.start_mark.line + 1, event.start_mark.column + 1)
         if isinstance(event, DocumentStartEvent):
             documents += 1
-            if documents > 1:
-                builder.fail(
-                    "a second document begins here",
-                    place,
-                    fix="keep one recipe per file; of a model card, its YAML block alone",
-                )
+            if documents == 2 and _key_of(roots[0], "merge_method") is None:
+                builder.second_document(place)
+            anchors.clear()
             if event.version not in (None, (1, 2)):
                 builder.fail("recipes are YAML 1.2", Position(1, 1), fix="remove the %YAML line")
             continue
@@ -157,12 +157,20 @@ def _compose(text: str, builder: _Builder) -> _Node | None:
         if stack:
             stack[-1].children.append(node)
         else:
-            root = node
+            if roots and node.kind != "mapping":
+                builder.second_document(node.place)
+            roots.append(node)
         if isinstance(event, (SequenceStartEvent, MappingStartEvent)):
             stack.append(node)
             if len(stack) > MAX_DEPTH:
                 builder.too_deep(place)
-    return root
+    return roots
+
+
+def _key_of(node: _Node, key: str) -> _Node | None:
+    """The value of a mapping's key, as it stands there."""
+    pairs = zip(node.children[::2], node.children[1::2], strict=False) if node.kind == "mapping" else ()
+    return next((value for name, value in pairs if name.kind == "scalar" and name.text == key), None)
 
 
 def _events(text: str, builder: _Builder) -> Iterator[Any]:
@@ -237,6 +245,41 @@ class _Builder:
 
     def too_deep(self, place: Position) -> NoReturn:
         self.fail(f"the recipe is nested more than {MAX_DEPTH} levels deep", place)
+
+    def second_document(self, place: Position) -> NoReturn:
+        self.fail(
+            "a second document begins here",
+            place,
+            fix="keep one recipe per file; of a model card, its YAML block alone",
+        )
+
+    def build_together(self, roots: list[_Node]) -> Any:
+        """Several documents as one tree: those with a name under `merges`, in the one without, or else the last."""
+        unnamed = [root for root in roots if _key_of(root, "name") is None]
+        if len(unnamed) > 1:
+            fix = "name all but the output: `name: NAME`, by which other documents use it as a model"
+            self.fail("two documents have no `name:`, and only one can be the output", unnamed[1].place, fix=fix)
+        output = unnamed[0] if unnamed else roots[-1]
+        tree = self.build(output, ())
+        steps: dict[str, Any] = {}
+        for root in roots:
+            if (inner := _key_of(root, "merges")) is not None:
+                self.fail("`merges:` stands beside further documents", inner.place, fix="use one of the two")
+            name = _key_of(root, "name")
+            if root is output or name is None:
+                continue
+            text = self._scalar(name) if name.kind == "scalar" else None
+            if not isinstance(text, str) or not text:
+                self.fail("the name of a document must be text", name.place, fix="write `name: NAME`")
+            if text in steps:
+                first = self.positions[("merges", text)]
+                also = [f"first at {self.source}:{first.line}:{first.column}"]
+                self.fail(f"two documents are called `{visible(text)}`", name.place, fix="rename one", also=also)
+            self.positions.setdefault(("merges",), name.place)
+            self.positions[("merges", text)] = name.place
+            steps[text] = self.build(root, ("merges", text))
+            steps[text].pop("name", None)
+        return tree | {"merges": steps}
 
     def build(self, node: _Node, path: KeyPath) -> Any:
         self._count(node)

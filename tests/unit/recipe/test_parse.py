@@ -227,7 +227,7 @@ def test_exact_text_of_a_parameter_beside_its_model() -> None:
         ("normalise: true", ("unknown key `normalise`", "3:1", "did you mean `normalize`, under `parameters:`?")),
         ("layer_range: [0, 2]", ("unknown key `layer_range`", "3:1", "move it beside `model:`")),
         ("sources: []", ("unknown key `sources`", "3:1", "move it into an entry of `slices:`")),
-        ("zzz: 1", ("unknown key `zzz`", "3:1", "known here: merge_method, name, base_model")),
+        ("zzz: 1", ("unknown key `zzz`", "3:1", "known here: merge_method, base_model")),
         ("out_dytpe: float32", ("unknown key `out_dytpe`", "3:1", "did you mean `out_dtype`?")),
         ("dtype: floot32", ("'floot32' is no type that a recipe can ask for", "3:8", "did you mean `float32`?")),
         ("dtype: int8", ("'int8' is no type that a recipe can ask for", "3:8", "use one of float64")),
