@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from smelt.engine.backends import CPU, Backend, check_name, choose
 from smelt.engine.copying import Known
 from smelt.engine.forecast import Within, forecast, within
 from smelt.engine.nesting import Step, further_models, open_steps, with_steps
-from smelt.engine.run import check_equal, preload, run
+from smelt.engine.run import check_equal, run
 from smelt.engine.tensor import TensorResult
 from smelt.errors import InputError, NumericError, RecipeError, SmeltError, StorageError, raise_all
 from smelt.keeping import Kept
@@ -35,7 +34,7 @@ from smelt.recipe.nesting import mentions
 from smelt.recipe.parse import from_dict, load
 from smelt.recipe.schema import Recipe, Relaxation
 from smelt.specs import TensorSpec
-from smelt.storage import files
+from smelt.storage import digests, files
 from smelt.storage.checkpoint import Checkpoint, TensorSource
 from smelt.storage.journal import Finished
 from smelt.storage.writer import Build, Layout, OutputTensor, check_out, layout
@@ -294,8 +293,6 @@ def merge(
         papers = papers_of(prepared, name=Path(os.path.realpath(out)).name)
         if on_plan is not None:
             on_plan(prepared)
-        if prepared.forecast.kernels and backend.kernels is None:
-            preload()
         settings = _Settings(
             backend=backend,
             allowed=allowed,
@@ -308,24 +305,12 @@ def merge(
         )
         runs = []
         for step in prepared.steps:
-            if step.name not in prepared.kept:
+            kept = prepared.kept.get(step.name)
+            if kept is None:
                 continue
-            place = prepared.kept[step.name]
-            if not place.there:
-                names = {text: model.name for text, model in prepared.opened.items()}
-                one = keeping.by_itself(step, prepared.recipe, prepared.steps, names)
-                alone = replace(
-                    prepared,
-                    recipe=one.recipe,
-                    plan=one.plan,
-                    models=step.models,
-                    tokenizer=step.tokenizer,
-                    steps=one.steps,
-                )
-                paper = papers_of(alone, name=step.name)
-                laid_out = _step_layout(step, prepared.steps, shard_bytes)
-                runs.append(_carry_out(alone, place.folder, laid_out, paper, settings=settings, overwrite=True))
-            keeping.read_kept(step, place.folder, stack)
+            if not kept.there:
+                runs.append(_carry_out_step(step, prepared, kept.folder, settings=settings))
+            keeping.read_kept(step, kept.folder, stack)
         done = _carry_out(prepared, out, shards, papers, settings=settings, overwrite=overwrite, claims=claims)
         runs.append(done)
     return MergeReport(
@@ -368,6 +353,18 @@ class _Done:
     bytes_written: int
     nonfinite: Mapping[str, int]
     resumed: int
+
+
+def _carry_out_step(step: Step, prepared: Prepared, folder: Path, *, settings: _Settings) -> _Done:
+    """Write a merge of the recipe that is kept, as one by itself."""
+    names = {text: model.name for text, model in prepared.opened.items()}
+    one = keeping.by_itself(step, prepared.recipe, prepared.steps, names)
+    alone = replace(
+        prepared, recipe=one.recipe, plan=one.plan, models=step.models, tokenizer=step.tokenizer, steps=one.steps
+    )
+    papers = papers_of(alone, name=step.name)
+    shards = _step_layout(step, prepared.steps, settings.shard_bytes)
+    return _carry_out(alone, folder, shards, papers, settings=settings, overwrite=True)
 
 
 def _carry_out(
@@ -543,15 +540,8 @@ def _refuse_changed(models: Iterable[Model]) -> None:
 
 
 def _sha256(path: Path) -> str:
-    """sha256 of a whole file, as the hub has it for its large files."""
-    digest = hashlib.sha256()
     with files.open_read(path) as file:
-        buffer = bytearray(min(8 << 20, max(file.size, 1)))
-        for start in range(0, file.size, len(buffer)):
-            piece = memoryview(buffer)[: min(len(buffer), file.size - start)]
-            file.read_into(start, piece)
-            digest.update(piece)
-    return digest.hexdigest()
+        return digests.sha256(file)
 
 
 def _nonfinite_warnings(nonfinite: Mapping[str, int]) -> list[str]:

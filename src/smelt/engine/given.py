@@ -5,6 +5,7 @@ So a function that asks for `deltas` alone costs no `x`, and a kernel that works
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -28,8 +29,8 @@ class Memory(Protocol):
         """What `keep` has given for this name; None if it was never asked for."""
 
 
-class Given(Mapping[str, Any]):
-    """The arguments of one tile: elements [start, start + count) of the tensor.
+class Arguments(Mapping[str, Any]):
+    """The arguments of one tile, elements [start, start + count) of the tensor, wherever tiles live.
 
     `stored` holds the tile's bytes of every source (the base last, if there is one), `streams` the keys of the random
     numbers of each model, `results` what reductions and derived values gave.
@@ -45,21 +46,14 @@ class Given(Mapping[str, Any]):
         geometry: Geometry,
         streams: Sequence[tuple[int, int]],
         results: Mapping[str, Any],
-        scratch: Scratch,
-        kernels: Kernels,
-        memory: Memory,
     ) -> None:
         self.stored = stored
         self.has_base = has_base
         self.start = start
         self.count = count
         self.streams = streams
-        self.scratch = scratch
-        self.size = geometry.size
-        self.once, self.keep, self.kept = memory.once, memory.keep, memory.kept
         self._geometry = geometry
         self._results = results
-        self._kernels = kernels
         self._made: dict[str, Any] = {}
 
     @property
@@ -73,8 +67,6 @@ class Given(Mapping[str, Any]):
         return tuple(self._geometry.view(np.broadcast_to(np.float32(0), (self.count,))).shape)
 
     def __getitem__(self, name: str) -> Any:
-        if name in self._results:
-            return self._results[name]
         if name not in self._made:
             self._made[name] = self._make(name)
         return self._made[name]
@@ -86,7 +78,33 @@ class Given(Mapping[str, Any]):
     def __len__(self) -> int:
         return 6 + len(self._results)
 
+    @abstractmethod
     def _make(self, name: str) -> Any:
+        """The argument of this name, when it is first asked for."""
+
+
+class Given(Arguments):
+    """The arguments of one tile as NumPy arrays, and what kernels need beside them."""
+
+    def __init__(
+        self,
+        stored: Sequence[tuple[Any, DType]],
+        *,
+        scratch: Scratch,
+        kernels: Kernels,
+        memory: Memory,
+        geometry: Geometry,
+        **place: Any,
+    ) -> None:
+        super().__init__(stored, geometry=geometry, **place)
+        self.scratch = scratch
+        self.size = geometry.size
+        self.once, self.keep, self.kept = memory.once, memory.keep, memory.kept
+        self._kernels = kernels
+
+    def _make(self, name: str) -> Any:
+        if name in self._results:
+            return self._results[name]
         if name == "size":
             return self._geometry.size
         if name == "base":

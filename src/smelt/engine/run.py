@@ -7,7 +7,6 @@ and only a few are open at a time.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import logging
 import threading
@@ -134,17 +133,6 @@ def worth_kernels(*plans: Plan) -> bool:
     """Whether a merge is large enough to repay loading the compiled kernels; copies have no use for them."""
     merged = sum(entry.input_bytes for one in plans for entry in one.entries if entry.action is Action.MERGE)
     return merged >= WORTH_KERNELS
-
-
-def preload() -> None:
-    """Begin to load the compiled kernels in a thread, while the caller lays out files; `run` finds them loaded."""
-
-    def load() -> None:
-        with contextlib.suppress(Exception):  # `run` tries again, and tells
-            fused()
-
-    with contextlib.suppress(RuntimeError):  # no more threads
-        threading.Thread(target=load, name="smelt-preload").start()
 
 
 def uses_linear_algebra(*plans: Plan) -> bool:

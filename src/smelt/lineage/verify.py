@@ -9,6 +9,7 @@ import fnmatch
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,7 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
 def tensor_digest(source: TensorSource, name: str) -> str:
     """The digest of a stored tensor, as `smelt.storage.digests` defines it."""
     spec = source.tensors[name]
-    blocks: list[bytes] = []
-    buffer = bytearray(min(digests.BLOCK, spec.nbytes))
-    for start in range(0, spec.nbytes, digests.BLOCK):
-        piece = memoryview(buffer)[: min(digests.BLOCK, spec.nbytes - start)]
-        source.read_into(spec, start, start + len(piece), piece)
-        blocks += digests.of_blocks(piece)
-    return digests.joined(blocks)
+    return digests.of_stored(spec.nbytes, partial(source.read_into, spec))
 
 
 def _other_bytes(name: str, where: list[str], *, trusted: bool) -> InputError:

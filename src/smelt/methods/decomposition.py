@@ -7,6 +7,7 @@ not depend on how many there are.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -127,6 +128,15 @@ def polar(matrix: Array) -> Array:
     """P Qᵀ of the SVD A = P D Qᵀ: the nearest matrix with orthonormal columns (or rows); rounding alone counts as 0."""
     found = svd(matrix)
     return found.left @ found.right
+
+
+def together(parts: Sequence[Svd]) -> Svd:
+    """All triplets of the parts, their directions made orthogonal to each other (`polar`)."""
+    xp = array_namespace(parts[0].values)
+    left = xp.concat([part.left for part in parts], axis=1)
+    values = xp.concat([part.values for part in parts])
+    right = xp.concat([part.right for part in parts], axis=0)
+    return Svd(polar(left), values, polar(right)) if values.shape[0] else Svd(left, values, right)
 
 
 def mean_of(vectors: Array, weight: Array) -> Array:

@@ -17,8 +17,8 @@ from smelt.methods.decomposition import (
     leading,
     leading_cost,
     mean_of,
-    polar,
     svd_cost,
+    together,
     weighted,
 )
 from smelt.methods.stages import LAMBDA, add_to_base
@@ -152,13 +152,10 @@ class IsoCts(Method):
             vector = weighted(deltas[i : i + 1, ...], self.weight[i : i + 1, ...])
             rest = vector - sum_.left @ (xp.matrix_transpose(sum_.left) @ vector)
             parts.append(_beyond(leading(rest, own, self, uniform[i]), vector))
-        joined = [*parts, sum_]
-        values = xp.concat([part.values for part in joined])
-        if not values.shape[0]:
+        found = together([*parts, sum_])
+        if not found.rank:
             return add_to_base(base, xp.zeros_like(base), 1.0)
-        left = polar(xp.concat([part.left for part in joined], axis=1))
-        right = polar(xp.concat([part.right for part in joined], axis=0))
-        return add_to_base(base, float(xp.mean(values)) * (left @ right), self.lambda_)
+        return add_to_base(base, float(xp.mean(found.values)) * (found.left @ found.right), self.lambda_)
 
 
 def _nothing(base: Array) -> Svd:

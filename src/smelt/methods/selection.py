@@ -7,6 +7,7 @@ what is inside. If the cut was not inside, the radix rounds follow.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -242,14 +243,23 @@ class KthLargest(_RadixSelect):
         """The partial result of the pass with a guess."""
         numbers, counts = (np.asarray(part) for part in values)
         keys = np.ascontiguousarray(numbers).view(np.uint32).reshape(len(numbers), -1)
+
+        def find(row: int, low: Any, high: Any) -> tuple[int, Any]:
+            inside = (keys[row] >= low) & (keys[row] <= high)
+            return int(np.count_nonzero(keys[row] > high)), keys[row][inside]
+
+        return self.found(counts, find)
+
+    def found(self, counts: Array, find: Callable[[int, Any, Any], tuple[int, Any]]) -> Between:
+        """A partial result from what `find` gives for (row, low, high): how many keys are above, and those inside."""
         above = np.zeros(self.brackets.shape[:2], dtype=np.int64)
         inside: list[list[list[Any]]] = [[[] for _ in row] for row in self.brackets]
+        kept = 0
         for row, place in np.ndindex(above.shape):
-            low, high = self.brackets[row, place]
-            above[row, place] = np.count_nonzero(keys[row] > high)
-            inside[row][place].append(keys[row][(keys[row] >= low) & (keys[row] <= high)])
-        kept = sum(part.size for row in inside for parts in row for part in parts)
-        return Between(counts.reshape(len(keys), -1), above, inside, kept)
+            above[row, place], keys = find(row, *self.brackets[row, place])
+            inside[row][place].append(keys)
+            kept += keys.size
+        return Between(counts.reshape(len(above), -1), above, inside, kept)
 
     def partial(self, values: tuple[Array, Array]) -> Any:
         return super().partial(values) if self.brackets is None else self.between(values)

@@ -15,8 +15,8 @@ from smelt.methods.decomposition import (
     leading,
     leading_cost,
     mean_of,
-    polar,
     svd_cost,
+    together,
     weighted,
 )
 from smelt.methods.stages import LAMBDA, add_to_base
@@ -82,9 +82,7 @@ class Tsv(Method):
         for i in range(self.n):
             vector = weighted(deltas[i : i + 1, ...], self.weight[i : i + 1, ...])
             parts.append(leading(vector, self._own(base.shape), self, uniform[i]))
-        values = xp.concat([part.values for part in parts])
-        if not values.shape[0]:
+        found = together(parts)
+        if not found.rank:
             return add_to_base(base, xp.zeros_like(base), 1.0)
-        left = polar(xp.concat([part.left for part in parts], axis=1))
-        right = polar(xp.concat([part.right for part in parts], axis=0))
-        return add_to_base(base, (left * values) @ right, self.lambda_)
+        return add_to_base(base, (found.left * found.values) @ found.right, self.lambda_)

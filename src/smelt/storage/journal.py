@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ SYNC_SECONDS = 10.0
 """Seconds after which it does so in any case."""
 _LIMIT = 1 << 30
 """Most bytes of a journal."""
-_READ = 8 * digests.BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +97,12 @@ def _short(value: Any) -> str:
 def trusted(found: Found, layout: Layout, read: Callable[[str, int, int, Buffer], None]) -> list[Finished]:
     """The tensors of a journal that are what it says: each is read (`read(name, start, stop, buffer)`) and hashed."""
     sound = []
-    buffer = bytearray(_READ)
     for finished in found.finished.values():
         try:
             nbytes = layout.spec(finished.name).nbytes
         except KeyError:
             continue
-        blocks: list[bytes] = []
-        for start in range(0, nbytes, _READ):
-            piece = memoryview(buffer)[: min(_READ, nbytes - start)]
-            read(finished.name, start, start + len(piece), piece)
-            blocks += digests.of_blocks(piece)
-        if digests.joined(blocks) == finished.digest:
+        if digests.of_stored(nbytes, partial(read, finished.name)) == finished.digest:
             sound.append(finished)
     return sound
 

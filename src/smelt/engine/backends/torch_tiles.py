@@ -21,7 +21,7 @@ from smelt import dtypes
 from smelt.dtypes import DType
 from smelt.engine.backends.torch_numbers import DECODERS, ENCODERS, uniform
 from smelt.engine.backends.torch_reducers import Partials
-from smelt.engine.given import Memory
+from smelt.engine.given import Arguments, Memory
 from smelt.engine.kernels import Kernels
 from smelt.engine.tiles import Geometry, Scratch
 from smelt.errors import RecipeError, SmeltError
@@ -171,52 +171,12 @@ class TorchBackend:
         return None
 
 
-class TorchGiven(Mapping[str, Any]):
-    """The arguments of one tile on a device, each made when it is first asked for; as `smelt.engine.given.Given`."""
+class TorchGiven(Arguments):
+    """The arguments of one tile as tensors on a device."""
 
-    def __init__(
-        self,
-        stored: Sequence[tuple[Any, DType]],
-        *,
-        has_base: bool,
-        start: int,
-        count: int,
-        geometry: Geometry,
-        streams: Sequence[tuple[int, int]],
-        results: Mapping[str, Any],
-        backend: TorchBackend,
-    ) -> None:
-        self.stored = stored
-        self.has_base = has_base
-        self.start = start
-        self.count = count
-        self.streams = streams
-        self._geometry = geometry
-        self._results = results
+    def __init__(self, stored: Sequence[tuple[Any, DType]], *, backend: TorchBackend, **place: Any) -> None:
+        super().__init__(stored, **place)
         self._backend = backend
-        self._made: dict[str, Any] = {}
-
-    @property
-    def models(self) -> int:
-        """How many models there are, the base not counted."""
-        return len(self.stored) - self.has_base
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the tile as the method sees it."""
-        return tuple(self._geometry.view(np.broadcast_to(np.float32(0), (self.count,))).shape)
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._made:
-            self._made[name] = self._make(name)
-        return self._made[name]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from ("x", "base", "deltas", "vectors", "uniform", "size")
-        yield from self._results
-
-    def __len__(self) -> int:
-        return 6 + len(self._results)
 
     def _make(self, name: str) -> Any:
         if name in self._results:

@@ -210,24 +210,24 @@ def cut_partial(reducer: KthLargest, values: Any, block: int) -> Any:
     rows = np.ascontiguousarray(numbers).view(np.uint32).reshape(len(numbers), -1)
     if reducer.brackets is not None:
         room = np.empty(rows.shape[1], dtype=np.uint32)
-        return between(reducer, counts, lambda row, low, high: (*_keep_row(rows[row], low, high, room), room))
+        return between(reducer, counts, lambda row, low, high: _keep_row(rows[row], low, high, room), room)
     histogram = histograms(reducer, len(rows))
     for row, prefixes, targets in zip(rows, reducer.prefixes(len(rows)), histogram, strict=True):
         _count_digits(row, prefixes, targets)
     return counts.reshape(len(rows), -1), histogram
 
 
-def between(reducer: KthLargest, counts: Any, find: Any) -> Between:
-    """The partial result with a guess; `find` gives for (row, low, high) how many are above, how many inside, these."""
-    above = np.zeros(reducer.brackets.shape[:2], dtype=np.int64)
-    inside: list[list[list[Any]]] = [[[] for _ in row] for row in reducer.brackets]
-    kept = 0
-    for row, place in np.ndindex(above.shape):
-        low, high = (np.uint32(end) for end in reducer.brackets[row, place])
-        above[row, place], found, room = find(row, max(low, np.uint32(1)), high)
-        inside[row][place].append(room[:found].copy())
-        kept += found
-    return Between(counts.reshape(len(above), -1), above, inside, kept)
+def between(reducer: KthLargest, counts: Any, keep: Any, room: Any) -> Between:
+    """The partial result with a guess; `keep` puts the keys of (row, low, high) that are inside to `room`.
+
+    It gives how many keys are above, and how many inside. Zeros fill up the last run, so that none are kept.
+    """
+
+    def find(row: int, low: Any, high: Any) -> tuple[int, Any]:
+        above, inside = keep(row, max(low, np.uint32(1)), high)
+        return above, room[:inside].copy()
+
+    return reducer.found(counts, find)
 
 
 def histograms(reducer: KthLargest, rows: int) -> Any:

@@ -289,11 +289,8 @@ def cut(method: Any, given: Given, reducer: Any) -> Any:
     counts = given.once("counts to keep", lambda: counts_to_keep(method.density, given["size"]))
     if reducer.brackets is not None:
         room = given.scratch.array("inside", (given.count,), np.uint32)
-        return between(
-            reducer,
-            counts,
-            lambda row, low, high: (*_keep_magnitudes(stored[row], stored[-1], low, high, room), room),
-        )
+        base = stored[-1]
+        return between(reducer, counts, lambda row, *ends: _keep_magnitudes(stored[row], base, *ends, room), room)
     histogram = histograms(reducer, given.models)
     prefixes = reducer.prefixes(given.models).astype(np.uint32)
     for i in range(given.models):
@@ -332,6 +329,11 @@ def _trimming(given: Given) -> tuple[Any, Any]:
     return value, np.where(whole, np.uint32(0), _limits(share))
 
 
+def _dropping(method: Any, given: Given) -> tuple[Any, Any]:
+    """As `_trimming`, for random choice: the value plays no part."""
+    return np.zeros(given.models, dtype=np.float32), _limits(method.density.reshape(-1))
+
+
 def tile(method: Any, given: Given, out: Any, *, random: bool, elected: bool) -> bool | None:
     """The tile of a method that keeps, weighs and mixes deltas, as stored elements of the output."""
     stored = elements(given)
@@ -350,10 +352,7 @@ def _settings(method: Any, given: Given, *, random: bool, elected: bool) -> tupl
     weight = method.weight.reshape(-1)
     factors = given["factors"]
     scale = weight if factors is None else (method.weight * factors).reshape(-1)
-    if random:
-        value, limit = np.zeros(given.models, dtype=np.float32), _limits(method.density.reshape(-1))
-    else:
-        value, limit = _trimming(given)
+    value, limit = _dropping(method, given) if random else _trimming(given)
     kind = (ELECT_MEAN if method.normalize else ELECT_SUM) if elected else ADD
     total = divisor(weight) if method.normalize else 1.0
     return value, limit, _keys(given), kind, plain(weight), plain(scale), total
@@ -365,10 +364,7 @@ def magnitudes(method: Any, given: Given, *, random: bool) -> Any:
     if stored is None:
         return None
     whole, kept = (np.zeros((given.models, -(-given.count // BLOCK), LANES)) for _ in range(2))
-    if random:
-        value, limit = np.zeros(given.models, dtype=np.float32), _limits(method.density.reshape(-1))
-    else:
-        value, limit = _trimming(given)
+    value, limit = _dropping(method, given) if random else _trimming(given)
     shape = (given.models, -(-given.size // RUN), COLUMNS)
     marks, first = _marks(given, lasting=given.keep(_DRAWN, shape) if random else None)
     keys = _keys(given)
@@ -376,10 +372,6 @@ def magnitudes(method: Any, given: Given, *, random: bool) -> Any:
         settings = (_DROP if random else _TRIM, value[i], limit[i], keys[i], given.start, BLOCK)
         _add_magnitudes(stored[i], stored[-1], *settings, marks[i], first, whole[i], kept[i])
     return whole.transpose(1, 0, 2), kept.transpose(1, 0, 2)
-
-
-def _first(parts: Any) -> Any:
-    return None if parts is None else parts[0]
 
 
 def _second(parts: Any) -> Any:

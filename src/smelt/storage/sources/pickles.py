@@ -8,7 +8,6 @@ temporary folder; from there on they are read, and distrusted, as any other chec
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from smelt.errors import InputError, SmeltError, StorageError, raise_all
-from smelt.storage import files, paths
+from smelt.storage import digests, files, paths
 from smelt.storage.checkpoint import LARGE_LIMIT, Checkpoint, FileInfo
 from smelt.storage.files import Stamp, size_text
 from smelt.storage.signals import held
@@ -33,7 +32,6 @@ _SHARD = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})\.(?:bin|pt|pth|ckpt)")
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state\w*|scaler)\.(bin|pt|pth)|adapter_model\..*")
 _MARGIN = 1 << 20
 """Bytes that the tensors' names and shapes may take beyond the size of the pickle."""
-_CHUNK = 8 << 20
 _ASKED_FOR = re.compile(r"(?:GLOBAL|global|Unsupported class|call to) `?([\w.]+)`?")
 _SAFE_FIX = "use the model's safetensors files, or another model"
 
@@ -186,7 +184,7 @@ def _read_all(wanted: Sequence[tuple[Path, str, str]], workspace: Path) -> list[
 def _look(path: Path) -> tuple[Stamp, str]:
     """What a file is now: its stamp and its sha256."""
     with files.open_read(path) as opened:
-        return opened.stamp(), _sha256(opened)
+        return opened.stamp(), digests.sha256(opened)
 
 
 def _ask_child(tasks: Sequence[Sequence[object]], workspace: Path) -> tuple[list[dict[str, Any]], int]:
@@ -264,13 +262,3 @@ def _check_space(workspace: Path, size: int, name: str) -> None:
             where=[name, str(workspace.parent)],
             fix="set TMPDIR to a folder on a larger disk",
         )
-
-
-def _sha256(file: files.ReadFile) -> str:
-    digest = hashlib.sha256()
-    buffer = bytearray(min(_CHUNK, max(file.size, 1)))
-    for start in range(0, file.size, len(buffer)):
-        piece = memoryview(buffer)[: min(len(buffer), file.size - start)]
-        file.read_into(start, piece)
-        digest.update(piece)
-    return digest.hexdigest()
