@@ -15,6 +15,7 @@ from smelt import keeping
 from smelt.engine.backends import CPU, Backend, check_name, choose
 from smelt.engine.copying import Known
 from smelt.engine.forecast import Within, forecast, within
+from smelt.engine.inputs import Placed
 from smelt.engine.nesting import Step, further_models, open_steps, with_steps
 from smelt.engine.run import check_equal, run
 from smelt.engine.tensor import TensorResult
@@ -139,10 +140,12 @@ def prepare(
         place = keep_folder or (Path(os.path.realpath(out)).parent if out is not None else Path()) / keeping.FOLDER
         kept = keeping.look(steps, opened, place, allow=allowed, device=device, method_files=method_files)
         within_it = Within({step.name: step.plan for step in steps}, {name: one.there for name, one in kept.items()})
+        placed = {model.name for model in opened.values() if isinstance(model.source, Placed)}
+        in_files = {i for i, model in enumerate(plan.models) if model.published in placed}
         if memory is None:
-            cost = forecast(plan, workers=workers, tile=tile, device=device, merges=within_it)
+            cost = forecast(plan, workers=workers, tile=tile, device=device, merges=within_it, in_files=in_files)
         else:
-            cost = within(memory, plan, workers=workers, tile=tile, device=device, merges=within_it)
+            cost = within(memory, plan, workers=workers, tile=tile, device=device, merges=within_it, in_files=in_files)
         yield Prepared(recipe, opened, models, tokenizer, plan, cost, method_files, steps, kept)
 
 

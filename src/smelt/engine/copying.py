@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from smelt import dtypes
-from smelt.engine.tensor import Readable, Settings, Sink, TensorResult
+from smelt.engine.inputs import Readable
+from smelt.engine.tensor import Settings, Sink, TensorResult
 from smelt.engine.tiles import Scratch
 from smelt.planning.entries import Entry
 from smelt.storage import digests

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 
 from smelt.engine.backends import CPU, default_tile, default_workers
 from smelt.engine.copying import PIECE
+from smelt.engine.kernels import STREAMED
 from smelt.engine.reducing import bind, schedule
 from smelt.engine.run import KEEP_BYTES, worth_kernels
 from smelt.engine.steps import remembered_bytes
-from smelt.engine.tiles import BLOCK, Geometry
+from smelt.engine.tiles import BLOCK, TASK, Geometry
 from smelt.errors import RecipeError
 from smelt.methods.api import Cost
+from smelt.methods.selection import KthLargest
 from smelt.planning.entries import Action, Entry, Plan
 from smelt.storage.files import size_text
 
@@ -65,7 +67,7 @@ def passes(entry: Entry) -> int:
     """How often the tensor's values are gone through: 1, and one for each round of its reductions."""
     if entry.action is not Action.MERGE:
         return 1
-    return 1 + max((start + r.reducer.rounds for start, r in schedule(bind(entry).active())), default=0)
+    return 1 + max((end for _, end in schedule(bind(entry).active())), default=0)
 
 
 def forecast(
@@ -77,9 +79,13 @@ def forecast(
     kernels: bool | None = None,
     device: str = CPU,
     merges: Within | None = None,
+    in_files: Container[int] = (),
 ) -> Forecast:
-    """Predict a run with these settings; None stands for what `run` takes then. `merges` are those within the plan."""
-    costs = _Costs(plan, device, merges)
+    """Predict a run with these settings; None stands for what `run` takes then.
+
+    `merges` are those within the plan, `in_files` the places of the models that lie in local files as they are.
+    """
+    costs = _Costs(plan, device, merges, in_files)
     return costs.with_settings(
         workers=workers or default_workers(device),
         tile=tile or default_tile(device),
@@ -117,11 +123,15 @@ class Within:
 class _Costs:
     """What of a prediction does not depend on the settings, or on the tile alone: found once for all that are tried."""
 
-    def __init__(self, plan: Plan, device: str, merges: Within | None = None) -> None:
+    def __init__(self, plan: Plan, device: str, merges: Within | None = None, in_files: Container[int] = ()) -> None:
         self.plan = plan
         self.device = device
         self.passes = {entry.name: passes(entry) for entry in plan.entries}
-        self._inputs = [(entry.input_bytes, self.passes[entry.name]) for entry in plan.entries]
+        streams = merges is None or not merges.plans
+        self._inputs = [
+            (entry.input_bytes, self.passes[entry.name], _streamed(entry, in_files) if streams else 0)
+            for entry in plan.entries
+        ]
         self._written = plan.output_bytes
         self._largest: dict[int, tuple[int, int, int]] = {}
         found = {entry.name: work_of(entry) for entry in plan.entries}
@@ -133,8 +143,12 @@ class _Costs:
 
     def with_settings(self, *, workers: int, tile: int, keep_bytes: int, kernels: bool) -> Forecast:
         stored, worked, largest = self._buffers(tile)
-        kept = sum(size for size, count in self._inputs if count > 1 and size <= keep_bytes)
-        read = sum(size * (1 if size <= keep_bytes else count) for size, count in self._inputs)
+        streams = kernels and self.device == CPU
+        kept = read = 0
+        for size, count, streamed in self._inputs:
+            again = streamed if streams and streamed else 1 if size <= keep_bytes else count
+            read += size * again
+            kept += size if count > again else 0
         memory = INTERPRETER + PER_ENTRY * len(self._inputs) + min(kept, keep_bytes)
         settings = (workers, tile, keep_bytes, kernels)
         if self.device != CPU:  # stored bytes of a task are on the host, those of a tile on the device as well
@@ -202,13 +216,14 @@ def within(
     tile: int | None = None,
     device: str = CPU,
     merges: Within | None = None,
+    in_files: Container[int] = (),
 ) -> Forecast:
     """The fastest settings whose predicted peak is at most `memory` bytes; none of them changes a result.
 
     Cut are, in this order: the tile and what tensors keep between their passes, the threads, the compiled kernels.
     Raises RecipeError, with the least that would do, where all of that is not enough.
     """
-    costs = _Costs(plan, device, merges)
+    costs = _Costs(plan, device, merges, in_files)
     most = workers or default_workers(device)
     wide = tile or default_tile(device)
     small = min(wide, BLOCK)
@@ -231,6 +246,18 @@ def within(
     )
 
 
+def _streamed(entry: Entry, in_files: Container[int]) -> int:
+    """How often compiled kernels would read the tensor by themselves; 0 if they would not.
+
+    A k-th largest takes one pass where a sample tells around which number to look, as it nearly always does.
+    """
+    if entry.action is not Action.MERGE or entry.method not in STREAMED or entry.size <= TASK:
+        return 0
+    if not all(source.model in in_files for source in entry.sources):
+        return 0
+    return 1 + max((end for _, end in schedule(bind(entry).active(), guessed=True)), default=0)
+
+
 def work_of(entry: Entry) -> Cost | None:
     """The linear algebra that a tensor's method does on it, if any."""
     if entry.action is not Action.MERGE or not entry.size:
@@ -246,7 +273,9 @@ def _worker_bytes(entry: Entry, tile: int) -> tuple[int, int]:
     task, tile = min(geometry.task, geometry.size), min(geometry.tile, geometry.size)
     stored = sum(source.tensor.dtype.nbytes(8 * task) // 8 for source in entry.sources)
     models = len(entry.sources)
-    return stored + entry.dtype.nbytes(8 * task) // 8, 4 * task + tile * (4 * (3 * models + 2) + 8 * (models + 6))
+    selects = any(reduction.reducer is KthLargest for reduction in bind(entry).active())  # keeps keys of every model
+    numbers = 4 * task * (models if selects else 1)
+    return stored + entry.dtype.nbytes(8 * task) // 8, numbers + tile * (4 * (3 * models + 2) + 8 * (models + 6))
 
 
 def _levels(plan: Plan, steps: Mapping[str, Plan]) -> int:

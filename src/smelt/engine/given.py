@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from smelt.dtypes import DType
+from smelt.engine.inputs import Stored
 from smelt.engine.kernels import Kernels
 from smelt.engine.tiles import Geometry, Scratch
 
@@ -32,13 +32,13 @@ class Memory(Protocol):
 class Arguments(Mapping[str, Any]):
     """The arguments of one tile, elements [start, start + count) of the tensor, wherever tiles live.
 
-    `stored` holds the tile's bytes of every source (the base last, if there is one), `streams` the keys of the random
-    numbers of each model, `results` what reductions and derived values gave.
+    `stored` holds the tile's bytes of every source, `streams` the keys of the random numbers of each model, `results`
+    what reductions and derived values gave. Bytes that are not read yet are for kernels alone.
     """
 
     def __init__(
         self,
-        stored: Sequence[tuple[Any, DType]],
+        stored: Stored,
         *,
         has_base: bool,
         start: int,
@@ -59,7 +59,7 @@ class Arguments(Mapping[str, Any]):
     @property
     def models(self) -> int:
         """How many models there are, the base not counted."""
-        return len(self.stored) - self.has_base
+        return len(self.stored.buffers) - self.has_base
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,7 +88,7 @@ class Given(Arguments):
 
     def __init__(
         self,
-        stored: Sequence[tuple[Any, DType]],
+        stored: Stored,
         *,
         scratch: Scratch,
         kernels: Kernels,
@@ -120,7 +120,7 @@ class Given(Arguments):
             return self._view(numbers)
         values = self.scratch.array(name, (self.models, self.count), np.float32)
         for i in range(self.models):
-            self._kernels.decode(*self.stored[i], values[i])
+            self._kernels.decode(*self.stored.buffers[i], values[i])
         if name == "deltas":
             np.subtract(values, self._base(), out=values)
         return self._view(values)
@@ -128,7 +128,7 @@ class Given(Arguments):
     def _base(self) -> Any:
         if "flat base" not in self._made:
             base = self.scratch.array("base", (self.count,), np.float32)
-            self._kernels.decode(*self.stored[-1], base)
+            self._kernels.decode(*self.stored.buffers[-1], base)
             self._made["flat base"] = base
         return self._made["flat base"]
 

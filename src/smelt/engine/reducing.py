@@ -9,6 +9,7 @@ from typing import Any
 from smelt.engine.tiles import Geometry
 from smelt.methods import api
 from smelt.methods.loading import answerable
+from smelt.methods.selection import KthLargest
 from smelt.planning.entries import Entry
 
 
@@ -87,12 +88,16 @@ def startable(waiting: Sequence[api.Reduction], running: Collection[str]) -> lis
     return [reduction for reduction in waiting if missing.isdisjoint(reduction.arguments)]
 
 
-def schedule(reductions: Sequence[api.Reduction]) -> list[tuple[int, api.Reduction]]:
-    """The pass in which each reduction begins: as early as what it asks for allows."""
+def schedule(reductions: Sequence[api.Reduction], *, guessed: bool = False) -> list[tuple[int, int]]:
+    """The passes [begin, end) of each reduction: as early as what it asks for allows.
+
+    `guessed`: a k-th largest takes one pass, as it does where a sample tells around which number to look.
+    """
     ends: dict[str, int] = {}
     placed = []
     for reduction in reductions:
         start = max((ends.get(name, 0) for name in reduction.arguments), default=0)
-        ends[reduction.name] = start + reduction.reducer.rounds
-        placed.append((start, reduction))
+        rounds = 1 if guessed and reduction.reducer is KthLargest else reduction.reducer.rounds
+        ends[reduction.name] = start + rounds
+        placed.append((start, start + rounds))
     return placed

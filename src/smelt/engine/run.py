@@ -22,11 +22,12 @@ import numpy as np
 from smelt.engine.backends import HOST, Backend, default_tile, default_workers
 from smelt.engine.blas import single_threaded
 from smelt.engine.copying import CopyRun, Known
+from smelt.engine.inputs import Readable
 from smelt.engine.kernels import DEFINITIONS, Kernels, fused
 from smelt.engine.memory import Budget
 from smelt.engine.reducing import bind
 from smelt.engine.steps import Stopped, Workshop, steps_among
-from smelt.engine.tensor import Readable, Settings, Sink, TensorResult, TensorRun
+from smelt.engine.tensor import Settings, Sink, TensorResult, TensorRun
 from smelt.engine.tiles import Scratch
 from smelt.errors import InputError, SmeltError, StorageError, raise_all
 from smelt.methods import api

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from smelt.engine.backends import HOST, default_tile
+from smelt.engine.inputs import Readable
 from smelt.engine.memory import Budget
-from smelt.engine.tensor import Readable, Settings, TensorRun
+from smelt.engine.tensor import Settings, TensorRun
 from smelt.engine.tiles import TASK, Scratch
 from smelt.planning.entries import Action, Entry, Plan
 from smelt.specs import TensorSpec

@@ -7,6 +7,7 @@ of a pass ends the pass. Results of reductions are folded in the order of the bl
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from smelt import dtypes
-from smelt.dtypes import DType
 from smelt.engine.backends import HOST, Backend
 from smelt.engine.given import Given
+from smelt.engine.inputs import Inputs, Readable, Stored
 from smelt.engine.kernels import DEFINITIONS, Kernels
 from smelt.engine.memory import Budget, TensorMemory
 from smelt.engine.reducing import Running, bind, startable
@@ -31,9 +32,8 @@ from smelt.methods.loading import answerable, definition_of
 from smelt.methods.reducers import described
 from smelt.methods.selection import KthLargest
 from smelt.planning.entries import Entry
-from smelt.specs import Grain, TensorSpec
+from smelt.specs import Grain
 from smelt.storage import digests
-from smelt.storage.files import Buffer
 
 _SAMPLE = (32, 1024)
 """Chunks of a sample, and elements of each."""
@@ -42,15 +42,6 @@ _WORTH_SAMPLE = 1 << 20
 _NOWHERE = np.zeros(0, dtype=np.intp)
 _READ_BACK = 8 * digests.BLOCK
 """Bytes that are read back at a time for digests."""
-
-
-class Readable(Protocol):
-    """What tensors are read from: a source, or what stands before one."""
-
-    @property
-    def name(self) -> str: ...
-
-    def read_into(self, spec: TensorSpec, start: int, stop: int, buffer: Buffer) -> None: ...
 
 
 class Sink(Protocol):
@@ -112,13 +103,12 @@ class TensorRun:
         self._lock = threading.Lock()
         self._digests: dict[int, bytes] = {}
         self._inherited = self._created = 0
-        self._kept: list[Any] | None = None
         self._method: Any = bind(entry)
         self._placed: Any = settings.backend.method(self._method)
         self._results = dict.fromkeys(reduction.name for reduction in self._method.info.reductions)
         self._streams = [key(settings.seed, entry.name, source.stream) for source in entry.inputs]
         self.geometry = Geometry.of(entry.shape, self._method.grain, tile=settings.tile)
-        self._inputs = [(sources[s.model], s.tensor, s.tensor.dtype, s.tensor.dtype.bits // 8) for s in entry.sources]
+        self._inputs = Inputs([(sources[source.model], source.tensor) for source in entry.sources])
         self._waiting = list(self._method.active())
         self._running: list[Running] = []
         self.bytes_sampled = 0
@@ -137,7 +127,7 @@ class TensorRun:
     @property
     def bytes_reread(self) -> int:
         """What the present pass reads once more, because the input is not kept."""
-        again = not self._first_pass and self._kept is None and self._stage is not Stage.READ_BACK
+        again = not self._first_pass and self._inputs.kept is None and self._stage is not Stage.READ_BACK
         return self.entry.input_bytes if again else 0
 
     @property
@@ -181,7 +171,7 @@ class TensorRun:
 
     def abandon(self) -> None:
         """Give back what is kept."""
-        self._kept = None
+        self._inputs.kept = None
         self._memory.release()
 
     def result(self) -> TensorResult:
@@ -194,9 +184,11 @@ class TensorRun:
         """Find room for all inputs: with one task in the worker's own buffers, otherwise within the common limit."""
         sizes = [source.tensor.nbytes for source in self.entry.sources]
         if self.alone:
-            self._kept = [scratch.array(f"raw {i}", (size,), np.uint8) for i, size in enumerate(sizes)]
+            self._inputs.kept = [scratch.array(f"raw {i}", (size,), np.uint8) for i, size in enumerate(sizes)]
+        elif self._tile_kernel is not None and self._inputs.placed:
+            return  # kernels read again what the system still has: piece by piece that is quicker than memory
         elif (block := self._memory.take(sum(sizes))) is not None:
-            self._kept = [block[low:high] for low, high in pairwise(accumulate(sizes, initial=0))]
+            self._inputs.kept = [block[low:high] for low, high in pairwise(accumulate(sizes, initial=0))]
 
     def _begin_pass(self, scratch: Scratch) -> None:
         for running in self._running:
@@ -229,15 +221,8 @@ class TensorRun:
             return
         if "uniform" in reduction.arguments:  # a sample is not a range of the random stream
             return
-        stored = []
-        for i, (source, tensor, dtype, size) in enumerate(self._inputs):
-            buffer = scratch.array(f"sample {i}", (chunks * length * size,), np.uint8)
-            for chunk in range(chunks):
-                low = (self.geometry.size - length) * chunk // (chunks - 1) * size
-                part = buffer[chunk * length * size : (chunk + 1) * length * size]
-                source.read_into(tensor, low, low + length * size, part)
-            self.bytes_sampled += len(buffer)
-            stored.append((buffer, dtype))
+        stored, read = self._inputs.sample(chunks, length, self.geometry.size, scratch)
+        self.bytes_sampled += read
         given = self._tile_given(stored, 0, chunks * length, scratch)
         with np.errstate(all="ignore"):
             numbers, counts = self._call(reduction.function, reduction.arguments, given, method=self._method)
@@ -277,23 +262,23 @@ class TensorRun:
 
     # --- tiles --------------------------------------------------------------------------------------------------
 
-    def _read(self, low: int, high: int, scratch: Scratch) -> tuple[list[tuple[Any, DType]], int]:
-        """The stored bytes of elements [low, high) of every source, and how many bytes were read for it."""
-        stored: list[tuple[Any, DType]] = []
-        read = 0
-        for i, (source, tensor, dtype, size) in enumerate(self._inputs):
-            first, last = low * size, high * size
-            if self._kept is None:
-                buffer = scratch.array(f"raw {i}", (last - first,), np.uint8)
-            else:
-                buffer = self._kept[i][first:last]
-            if self._kept is None or self._first_pass:
-                source.read_into(tensor, first, last, buffer)
-                read += last - first
-            stored.append((buffer, dtype))
-        return stored, read
+    def _read(self, low: int, high: int, scratch: Scratch) -> tuple[Stored, int]:
+        return self._inputs.read(low, high, scratch, again=not self._first_pass)
 
-    def _tile_given(self, stored: Sequence[tuple[Any, DType]], low: int, high: int, scratch: Scratch) -> Given:
+    def _by_kernel(
+        self, low: int, high: int, scratch: Scratch, work: Callable[[Given], Any]
+    ) -> tuple[Any, Stored, int]:
+        """What a kernel's `work` gives for elements [low, high); what it was given, all read; bytes read for it.
+
+        It reads by itself where it can.
+        """
+        if (found := self._inputs.unread(low, high, scratch, again=not self._first_pass)) is not None:
+            with contextlib.suppress(OSError):
+                return work(self._tile_given(found[0], low, high, scratch)), *found
+        stored, read = self._read(low, high, scratch)
+        return work(self._tile_given(stored, low, high, scratch)), stored, read
+
+    def _tile_given(self, stored: Stored, low: int, high: int, scratch: Scratch) -> Given:
         """What the method's functions are given for elements [low, high) of the tensor."""
         given: Given = self._settings.backend.given(
             stored,
@@ -309,24 +294,26 @@ class TensorRun:
         )
         return given
 
-    def _tiles(
-        self, stored: Sequence[tuple[Any, DType]], start: int, stop: int, scratch: Scratch
-    ) -> Iterator[tuple[int, int, Given]]:
+    def _tiles(self, stored: Stored, start: int, stop: int, scratch: Scratch) -> Iterator[tuple[int, int, Given]]:
         """(low, high, what is given) for the tiles of a task, whose stored bytes these are."""
         for low, high in self.geometry.tile_spans(start, stop):
             pieces = [
                 (data[dtype.bits // 8 * (low - start) : dtype.bits // 8 * (high - start)], dtype)
-                for data, dtype in stored
+                for data, dtype in stored.buffers
             ]
-            yield low, high, self._tile_given(pieces, low, high, scratch)
+            yield low, high, self._tile_given(Stored(pieces), low, high, scratch)
 
     def _reduce(self, start: int, stop: int, scratch: Scratch) -> int:
         kernels = self._settings.kernels
-        stored, read = self._read(start, stop, scratch)
         with np.errstate(all="ignore"):
-            left = self._running
-            if kernels.functions:
-                left = self._left_by_kernels(self._tile_given(stored, start, stop, scratch))
+            if (read := self._reduce_by_kernel(start, stop, scratch)) is not None:
+                return read
+            stored, read = self._read(start, stop, scratch)
+            left = (
+                self._left_by_kernels(self._tile_given(stored, start, stop, scratch))
+                if kernels.functions
+                else self._running
+            )
             for low, high, given in self._tiles(stored, start, stop, scratch) if left else ():
                 for running in left:
                     reduction = running.reduction
@@ -336,19 +323,25 @@ class TensorRun:
                     running.add(values, low, high, self.geometry, kernel=kernels.partials.get(type(running.reducer)))
         return read
 
+    def _reduce_by_kernel(self, start: int, stop: int, scratch: Scratch) -> int | None:
+        """Let one kernel make the partial results of all reductions; gives the bytes read, or None if there is none."""
+        names = [running.reduction.name for running in self._running]
+        kernel = self._settings.kernels.functions.get((self.entry.method, *names))
+        if kernel is None:
+            return None
+        reducers = [running.reducer for running in self._running]
+        partials, _, read = self._by_kernel(start, stop, scratch, lambda given: kernel(self._method, given, *reducers))
+        if partials is None:
+            return None
+        for running, part in zip(self._running, partials if len(names) > 1 else [partials], strict=True):
+            running.take(part, start // self.geometry.block)
+        return read
+
     def _left_by_kernels(self, given: Given) -> list[Running]:
-        """Let kernels make partial results from the stored bytes; gives the reductions that have none."""
-        functions = self._settings.kernels.functions
-        names = tuple([running.reduction.name for running in self._running])
-        if len(names) > 1 and (kernel := functions.get((self.entry.method, *names))) is not None:
-            partials = kernel(self._method, given, *(running.reducer for running in self._running))
-            if partials is not None:
-                for running, part in zip(self._running, partials, strict=True):
-                    running.take(part, given.start // self.geometry.block)
-                return []
+        """Let kernels make partial results of single reductions; gives those that have none."""
         left = []
         for running in self._running:
-            kernel = functions.get((self.entry.method, running.reduction.name))
+            kernel = self._settings.kernels.functions.get((self.entry.method, running.reduction.name))
             partials = kernel(self._method, given, running.reducer) if kernel is not None else None
             if partials is None:
                 left.append(running)
@@ -362,12 +355,11 @@ class TensorRun:
         Only after the reductions; both ends must lie where the method's grain allows a cut.
         """
         size = self.entry.dtype.bits // 8
-        stored, read = self._read(start, stop, scratch)
         with np.errstate(all="ignore"):
-            done, cut = self._write_by_kernel(stored, start, stop, out, scratch)
-            if cut is not None:
-                self._count_nonfinite(out, stored, start, cut)
-            for low, high, given in () if done else self._tiles(stored, start, stop, scratch):
+            if (read := self._write_by_kernel(start, stop, out, scratch)) is not None:
+                return read
+            stored, read = self._read(start, stop, scratch)
+            for low, high, given in self._tiles(stored, start, stop, scratch):
                 piece = out[(low - start) * size : (high - start) * size]
                 arguments = self._method.info.tile_arguments
                 values = self._call(type(self._method).tile, arguments, given, method=self._placed)
@@ -385,20 +377,23 @@ class TensorRun:
         self._digest(start * size, out)
         return read, len(out)
 
-    def _write_by_kernel(
-        self, stored: Sequence[tuple[Any, DType]], start: int, stop: int, out: Any, scratch: Scratch
-    ) -> tuple[bool, Any]:
-        """Let a kernel write a whole task to `out`: whether it did, and what `_encode` gives."""
+    def _write_by_kernel(self, start: int, stop: int, out: Any, scratch: Scratch) -> int | None:
+        """Let a kernel write a whole task to `out`; gives the bytes read, or None if there is none."""
+        kernel = self._tile_kernel
         # kernels count on whole blocks before the range; what is read of a merge within a recipe may begin anywhere
-        if self._tile_kernel is None or start % self.geometry.block:
-            return False, None
-        kernels, dtype = self._settings.kernels, self.entry.dtype
-        kind = kernels.elements.get(dtype.code)
+        if kernel is None or start % self.geometry.block:
+            return None
+        kind = self._settings.kernels.elements.get(self.entry.dtype.code)
         values = scratch.array("values", (stop - start,), np.float32) if kind is None else out.view(kind)
-        found = self._tile_kernel(self._method, self._tile_given(stored, start, stop, scratch), values)
+        found, stored, read = self._by_kernel(start, stop, scratch, lambda given: kernel(self._method, given, values))
         if found is None:
-            return False, None
-        return True, self._encode(values, out) if kind is None else _NOWHERE if found else None
+            return None
+        cut = self._encode(values, out) if kind is None else _NOWHERE if found else None
+        if cut is not None:
+            if stored.files is not None:
+                stored, _ = self._read(start, stop, scratch)
+            self._count_nonfinite(out, stored, start, cut)
+        return read
 
     def _encode(self, values: Any, out: Any) -> Any:
         """Encode numbers into `out`.
@@ -410,7 +405,7 @@ class TensorRun:
         cut = dtypes.saturated(self._settings.backend.to_host(values) if dtype.saturates else values, dtype)
         return cut if cut.size or kernels.any_nonfinite(out, dtype) else None
 
-    def _count_nonfinite(self, out: Any, stored: Sequence[tuple[Any, DType]], start: int, cut: Any) -> None:
+    def _count_nonfinite(self, out: Any, stored: Stored, start: int, cut: Any) -> None:
         """Count the NaNs and infinities of a tile's output; new ones fail the merge unless they are allowed.
 
         So do numbers that the output's type had to cut to its range (their places are `cut`): in another type each of
@@ -419,7 +414,7 @@ class TensorRun:
         bad = dtypes.nonfinite(out, self.entry.dtype)
         bad[cut] = True
         theirs = np.zeros(len(bad), dtype=bool)
-        for data, dtype in stored:
+        for data, dtype in stored.buffers:
             theirs |= dtypes.nonfinite(data, dtype)
         created = bad & ~theirs
         with self._lock:

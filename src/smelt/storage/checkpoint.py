@@ -138,6 +138,15 @@ class Checkpoint:
         check_range(spec, start, stop, buffer)
         self.file_of(spec).read_into(spec.offset + start, buffer)
 
+    def place_of(self, spec: TensorSpec, start: int, stop: int) -> tuple[int, int]:
+        """Where bytes [start, stop) of the tensor lie, for a caller that reads them itself: descriptor, position.
+
+        The system is told of the read. What goes wrong with it is for `read_into` to find out and to say.
+        """
+        file = self.file_of(spec)
+        file.announce(spec.offset + start, stop - start)
+        return file.descriptor, spec.offset + start
+
     def file_of(self, spec: TensorSpec) -> ReadFile:
         """The open file that holds the tensor. Raises InputError when it was changed since its header was read."""
         return self._open.get(spec.file) or self._open_file(spec.file)

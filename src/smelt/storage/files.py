@@ -119,10 +119,10 @@ class ReadFile:
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Fill the whole writable `buffer` from byte `offset`. Raises InputError if the file ends before that."""
-        self._hint(offset, len(flat(buffer)))
+        self.announce(offset, len(flat(buffer)))
         _read_fully(self._descriptor, self.path, self._lock, offset, buffer)
 
-    def _hint(self, offset: int, size: int) -> None:
+    def announce(self, offset: int, size: int) -> None:
         """Tell the system what will be read after a large read, since files are mostly read from front to back."""
         if size < _WORTH_HINT or not hasattr(os, "posix_fadvise"):
             return

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from smelt.dtypes import DType
 from smelt.engine.given import Given, Memory
+from smelt.engine.inputs import Stored
 from smelt.engine.kernels import Kernels
 from smelt.engine.tiles import DEFAULT_TILE, Geometry, Scratch
 from smelt.errors import RecipeError, SmeltError
@@ -54,7 +54,7 @@ class Backend(Protocol):
 
     def given(
         self,
-        stored: Sequence[tuple[Any, DType]],
+        stored: Stored,
         *,
         has_base: bool,
         start: int,
@@ -96,7 +96,7 @@ class Host:
     def method(self, method: Any) -> Any:
         return method
 
-    def given(self, stored: Sequence[tuple[Any, DType]], **settings: Any) -> Any:
+    def given(self, stored: Stored, **settings: Any) -> Any:
         return Given(stored, **settings)
 
     def flat(self, values: Any, shape: tuple[int, ...]) -> Any:

@@ -22,6 +22,7 @@ from smelt.dtypes import DType
 from smelt.engine.backends.torch_numbers import DECODERS, ENCODERS, uniform
 from smelt.engine.backends.torch_reducers import Partials
 from smelt.engine.given import Arguments, Memory
+from smelt.engine.inputs import Stored
 from smelt.engine.kernels import Kernels
 from smelt.engine.tiles import Geometry, Scratch
 from smelt.errors import RecipeError, SmeltError
@@ -110,7 +111,7 @@ class TorchBackend:
 
     def given(
         self,
-        stored: Sequence[tuple[Any, DType]],
+        stored: Stored,
         *,
         has_base: bool,
         start: int,
@@ -174,7 +175,7 @@ class TorchBackend:
 class TorchGiven(Arguments):
     """The arguments of one tile as tensors on a device."""
 
-    def __init__(self, stored: Sequence[tuple[Any, DType]], *, backend: TorchBackend, **place: Any) -> None:
+    def __init__(self, stored: Stored, *, backend: TorchBackend, **place: Any) -> None:
         super().__init__(stored, **place)
         self._backend = backend
 
@@ -206,7 +207,7 @@ class TorchGiven(Arguments):
     def _flat(self, source: int) -> Tensor:
         """The values of one source, float32 [t]; the base's are kept for the other arguments."""
         if source >= 0:
-            return self._backend.decoded(*self.stored[source])
+            return self._backend.decoded(*self.stored.buffers[source])
         if "flat base" not in self._made:
-            self._made["flat base"] = self._backend.decoded(*self.stored[-1])
+            self._made["flat base"] = self._backend.decoded(*self.stored.buffers[-1])
         return self._made["flat base"]

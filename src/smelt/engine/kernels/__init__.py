@@ -36,6 +36,14 @@ class Kernels:
     elements: Mapping[str, Any] = field(default_factory=dict)
 
 
+STREAMED = frozenset(
+    {
+        *("linear", "task_arithmetic", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "passthrough"),
+        *("sma", "wma", "ema", "expo", "geometric_median", "ties", "dare_linear", "dare_ties"),
+    }
+)
+"""The methods whose tiles have a kernel: one that reads by itself, piece by piece, where the models lie in files."""
+
 DEFINITIONS = Kernels()
 """No kernel at all: NumPy arrays and the methods' own functions."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from smelt import dtypes
 from smelt.dtypes import BF16, F16, LAYOUTS, DType
 from smelt.engine.kernels.compiled import JIT, draw, to_bfloat16, widen
-from smelt.engine.kernels.span import STORED
+from smelt.engine.kernels.fetch import STORED
 
 
 @JIT

@@ -61,10 +61,7 @@ def JIT(function: Callable[..., Any]) -> Any:  # noqa: N802
 RUN = 1024
 """Elements worked on at a time: what is made of them stays in the first cache."""
 COLUMNS = RUN // 8
-"""Bytes that hold one bit for each element of a run: bit k of byte i is that of element COLUMNS · k + i.
-
-So eight rows of comparisons make the bytes, side by side in vector registers.
-"""
+"""Bytes that hold one bit for each element of a run."""
 GRID = 1 << 24
 """Random numbers are whole multiples of 1 / GRID."""
 
@@ -204,15 +201,19 @@ _WIDENED = {
 """How each kind of stored integer is read."""
 
 
+MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+"""The step and the factors of the random streams: those of `smelt.engine.rng`."""
+
+
 @numba.njit(inline="always")
 def mix(word: Any, low: Any, high: Any) -> Any:
     """Word `word` of a random stream with key (low, high): `smelt.engine.rng` in integers of 64 bits."""
-    z = np.uint64(low) + np.uint64(word) * np.uint64(0x9E3779B97F4A7C15)
+    z = np.uint64(low) + np.uint64(word) * np.uint64(MIX[0])
     z ^= z >> np.uint64(30)
-    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z *= np.uint64(MIX[1])
     z ^= np.uint64(high)
     z ^= z >> np.uint64(27)
-    z *= np.uint64(0x94D049BB133111EB)
+    z *= np.uint64(MIX[2])
     z ^= z >> np.uint64(31)
     return z
 
@@ -236,29 +237,6 @@ def draw(low: Any, high: Any, start: int, out: Any) -> None:
     if first + 2 * pairs < count:
         z = mix(word + pairs, low, high)
         out[count - 1] = np.float32((z & np.uint64(0xFFFFFFFF)) >> np.uint64(8)) * np.float32(2.0**-24)
-
-
-@JIT
-def draw_below(key: Any, start: int, limit: Any, words: Any, bits: Any) -> None:
-    """Which elements [start, start + RUN) of a stream are below limit / GRID, as bits; `start` is even.
-
-    `words` is room for RUN / 2 integers of 64 bits.
-    """
-    for k in range(words.size):
-        words[k] = mix((start >> 1) + k, key[0], key[1])
-    halves = words.view(np.uint32)
-    for i in range(COLUMNS):
-        found = np.uint8(0)
-        for k in range(8):
-            number = np.uint32(halves[k * COLUMNS + i] >> np.uint32(8))
-            found = np.uint8(found | np.uint8(np.uint8(number < limit) << np.uint8(k)))
-        bits[i] = found
-
-
-@numba.njit(inline="always")
-def element(place: Any) -> Any:
-    """The element of a run whose bit is number `place` of its bytes."""
-    return (place & np.uint64(7)) * np.uint64(COLUMNS) + (place >> np.uint64(3))
 
 
 @intrinsic

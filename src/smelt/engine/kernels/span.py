@@ -10,22 +10,14 @@ from typing import Any
 import numpy as np
 from numba.extending import overload
 
-from smelt.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32
+from smelt.dtypes import BF16, F32
 from smelt.engine.given import Given
 from smelt.engine.kernels.compiled import JIT, infinity, least, magnitude, narrow, widen
+from smelt.engine.kernels.fetch import cut, feed, fetch
+from smelt.engine.tiles import PIECE
 
-MOST_MODELS = 12
-"""Above this many models a method's own function is called."""
-STORED: dict[str, Any] = {
-    BF16.code: np.uint16,
-    F16.code: np.int16,
-    F8_E4M3.code: np.uint8,
-    F8_E5M2.code: np.int8,
-    F32.code: np.float32,
-}
-"""How kernels see stored elements of their inputs: `widen` knows each type by its kind of integer."""
 ELEMENTS = {BF16.code: np.uint16, F32.code: np.float32}
-"""How they see those of their output; other types are encoded from float32."""
+"""How kernels see stored elements of their output; other types are encoded from float32."""
 
 
 def _loop(stored: Any, coefficients: Any, out: Any) -> bool:
@@ -68,22 +60,24 @@ def _written(arguments: str, models: int, first: str, value: str) -> Any:
 
 
 @JIT
-def _sum(stored: Any, coefficients: Any, out: Any) -> bool:
-    return _loop(stored, coefficients, out)
+def _sum(files: Any, stored: Any, coefficients: Any, out: Any) -> bool:
+    found = False
+    for low in range(0, out.size, PIECE):
+        high = min(low + PIECE, out.size)
+        at = fetch(files, stored, low, high)
+        found |= _loop(cut(stored, at, at + high - low), coefficients, out[low:high])
+    return found
 
 
 @JIT
-def _sum_of_deltas(stored: Any, base: Any, coefficients: Any, out: Any) -> bool:
-    return _delta_loop(stored, base, coefficients, out)
-
-
-def elements(given: Given) -> tuple[Any, ...] | None:
-    """The stored arrays of a tile as kernels take them; None where their types differ or have no kernel."""
-    first = given.stored[0][1]
-    kind = STORED.get(first.code)
-    if kind is None or len(given.stored) > MOST_MODELS or any(dtype is not first for _, dtype in given.stored):
-        return None
-    return tuple([raw.view(kind) for raw, _ in given.stored])
+def _sum_of_deltas(files: Any, stored: Any, coefficients: Any, out: Any) -> bool:
+    found = False
+    for low in range(0, out.size, PIECE):
+        high = min(low + PIECE, out.size)
+        at = fetch(files, stored, low, high)
+        part = cut(stored, at, at + high - low)
+        found |= _delta_loop(part[:-1], part[-1], coefficients, out[low:high])
+    return found
 
 
 def plain(coefficients: Any, kind: Any = float) -> tuple[Any, ...]:
@@ -93,13 +87,11 @@ def plain(coefficients: Any, kind: Any = float) -> tuple[Any, ...]:
 
 def span_tile(method: Any, given: Given, out: Any) -> bool | None:
     """The tile of a method that gives b + Σ c_i d_i (with a base) or Σ c_i x_i, where `coefficients` is [n]."""
-    stored = elements(given)
+    fed = feed(given)
     weights = given.once("coefficients of the tile", lambda: _of_models(given["coefficients"]))
-    if stored is None or weights is None:
+    if fed is None or weights is None:
         return None
-    if given.has_base:
-        return bool(_sum_of_deltas(stored[:-1], stored[-1], weights, out))
-    return bool(_sum(stored, weights, out))
+    return bool((_sum_of_deltas if given.has_base else _sum)(*fed, weights, out))
 
 
 def _of_models(coefficients: Any) -> tuple[float, ...] | None:
@@ -108,12 +100,10 @@ def _of_models(coefficients: Any) -> tuple[float, ...] | None:
 
 
 def slerp_tile(method: Any, given: Given, out: Any) -> bool | None:
-    """The tile of slerp: c_0 b + c_1 x."""
-    stored = elements(given)
-    if stored is None:
-        return None
-    weights = given.once("coefficients of the tile", lambda: plain(given["coefficients"]))
-    return bool(_sum((stored[1], stored[0]), weights, out))
+    """The tile of slerp: c_0 b + c_1 x, of which the base comes last in what is stored."""
+    fed = feed(given)
+    weights = given.once("coefficients of the tile", lambda: plain(given["coefficients"])[::-1])
+    return None if fed is None else bool(_sum(*fed, weights, out))
 
 
 FUNCTIONS: Any = {

@@ -18,19 +18,18 @@ from smelt.engine.kernels.compiled import (
     GRID,
     JIT,
     RUN,
-    draw_below,
-    element,
     infinity,
     least,
     magnitude,
     mix,
     narrow,
-    trailing_zeros,
     widen,
 )
-from smelt.engine.kernels.span import elements, plain
-from smelt.engine.kernels.sums import add_run, between, histograms, keep_between
-from smelt.engine.tiles import BLOCK
+from smelt.engine.kernels.fetch import cut, feed, fetch
+from smelt.engine.kernels.picking import PLACES, choose, draw_below, places_between
+from smelt.engine.kernels.span import plain
+from smelt.engine.kernels.sums import Kept, add_run, histograms, keep_between
+from smelt.engine.tiles import BLOCK, PIECE
 from smelt.methods.reducers import LANES
 from smelt.methods.stages import TINY, counts_to_keep, divisor
 
@@ -70,36 +69,20 @@ def _subtract_and_trim(stored: Any, base: Any, value: Any, kept: Any) -> None:
 
 
 @JIT
-def _trim(deltas: Any, value: Any, limit: Any, key: Any, start: int, kept: Any, marks: Any) -> None:
+def _trim(deltas: Any, value: Any, limit: Any, key: Any, start: int, kept: Any, places: Any) -> None:
     """kept = the deltas above the cut; of those equal to it, those whose random number is below limit / GRID."""
     for j in range(RUN):
         kept[j] = np.float32(0.0) if np.abs(deltas[j]) <= value else deltas[j]
-    if limit == 0:
+    if limit == 0 or value != value:  # nothing equals a NaN
         return
-    for i in range(COLUMNS):
-        equal = np.uint8(0)
-        for k in range(8):
-            equal = np.uint8(equal | np.uint8(np.uint8(np.abs(deltas[k * COLUMNS + i]) == value) << np.uint8(k)))
-        marks[i] = equal
-    words = marks.view(np.uint64)
-    for number in range(words.size):
-        word = words[number]
-        while word:
-            j = element(trailing_zeros(word) + np.uint64(64 * number))
-            place = np.uint64(start) + j
-            drawn = mix(place >> np.uint64(1), key[0], key[1]) >> (np.uint64(32) * (place & np.uint64(1)))
-            if (drawn & np.uint64(0xFFFFFFFF)) >> np.uint64(8) < limit:
-                kept[j] = deltas[j]
-            word &= word - np.uint64(1)
-
-
-@JIT
-def _choose(deltas: Any, marks: Any, kept: Any) -> None:
-    """kept = the deltas whose bit is set, 0 elsewhere."""
-    for k in range(8):
-        row, target = deltas[k * COLUMNS : (k + 1) * COLUMNS], kept[k * COLUMNS : (k + 1) * COLUMNS]
-        for i in range(COLUMNS):
-            target[i] = row[i] if (marks[i] >> np.uint8(k)) & np.uint8(1) else np.float32(0.0)
+    words, target = deltas.view(np.uint32), kept.view(np.uint32)
+    equal = places_between(words, np.float32(value).view(np.uint32), np.uint32(0), places)
+    for k in range(equal):
+        j = places[k]
+        place = np.uint64(start) + np.uint64(j)
+        drawn = mix(place >> np.uint64(1), key[0], key[1]) >> (np.uint64(32) * (place & np.uint64(1)))
+        chosen = np.uint32(np.uint32(0) - np.uint32((drawn & np.uint64(0xFFFFFFFF)) >> np.uint64(8) < limit))
+        target[j] = words[j] & chosen
 
 
 @JIT
@@ -111,30 +94,55 @@ def _add_magnitudes(
     limit: Any,
     key: Any,
     start: int,
-    block: int,
     marks: Any,
     first: int,
     whole: Any,
     kept: Any,
 ) -> None:
-    """Add abs of one model's deltas, and of what is kept of them, to each block's lanes, in the order of `Sum`.
+    """Add abs of one model's deltas, and of what is kept of them, to a block's lanes, in the order of `Sum`.
 
     What was drawn for run r of the tile is left in marks[first + r], COLUMNS bytes (modulo len(marks)).
     """
     deltas = np.empty(RUN, dtype=np.float32)
     chosen = np.empty(RUN, dtype=np.float32)
-    words = np.empty(RUN // 2, dtype=np.uint64)
+    places = np.empty(PLACES, dtype=np.uint32)
     for low in range(0, stored.size, RUN):  # runs are whole lanes, and blocks whole runs
         high = min(low + RUN, stored.size)
         _magnitudes(stored[low:high], base[low:high], deltas)
         bits = marks[(first + low // RUN) % len(marks)]
         if rule == _TRIM:
-            _trim(deltas, value, limit, key, start + low, chosen, bits)
+            _trim(deltas, value, limit, key, start + low, chosen, places)
         else:
-            draw_below(key, start + low, limit, words, bits)
-            _choose(deltas, bits, chosen)
-        add_run(deltas, high - low, whole[low // block])
-        add_run(chosen, high - low, kept[low // block])
+            draw_below(key, start + low, limit, bits)
+            choose(deltas, bits, chosen)
+        add_run(deltas, high - low, whole)
+        add_run(chosen, high - low, kept)
+
+
+@JIT
+def _add_magnitudes_of_all(
+    files: Any,
+    stored: Any,
+    rule: int,
+    value: Any,
+    limit: Any,
+    keys: Any,
+    start: int,
+    size: int,
+    marks: Any,
+    first: int,
+    whole: Any,
+    kept: Any,
+) -> None:
+    """`_add_magnitudes` of all models, block by block: lanes [n, blocks, 256]."""
+    for low in range(0, size, PIECE):
+        high = min(low + PIECE, size)
+        at = fetch(files, stored, low, high)
+        part = cut(stored, at, at + high - low)
+        block, run = low // BLOCK, first + low // RUN
+        for i in range(len(part) - 1):
+            settings = (rule, value[i], limit[i], keys[i], start + low)
+            _add_magnitudes(part[i], part[-1], *settings, marks[i], run, whole[i, block], kept[i, block])
 
 
 ELECT_MEAN: Any = (0,)
@@ -204,7 +212,7 @@ def _mix(
     """b + λ · mixed of a tile, run by run; whether a number of it is not finite. `marks` is [n, runs, COLUMNS]."""
     bases = np.empty(RUN, dtype=np.float32)
     deltas = np.empty(RUN, dtype=np.float32)
-    words = np.empty(RUN // 2, dtype=np.uint64)
+    places = np.empty(PLACES, dtype=np.uint32)
     room = np.zeros((len(stored), RUN), dtype=np.float32)
     found = False
     for low in range(0, out.size, RUN):
@@ -217,13 +225,42 @@ def _mix(
             _subtract(stored[i][low:high], bases, deltas)
             bits = marks[i, (first + low // RUN) % marks.shape[1]]
             if rule == _TRIM:
-                _trim(deltas, value[i], limit[i], keys[i], start + low, room[i], bits)
+                _trim(deltas, value[i], limit[i], keys[i], start + low, room[i], places)
             else:
                 if rule == _DROP:
-                    draw_below(keys[i], start + low, limit[i], words, bits)
-                _choose(deltas, bits, room[i])
+                    draw_below(keys[i], start + low, limit[i], bits)
+                choose(deltas, bits, room[i])
         result = out[low:high]
         found |= _combine(kind, room, bases, weight, scale, total, factor, result)
+    return found
+
+
+@JIT
+def _mix_all(
+    files: Any,
+    stored: Any,
+    rule: int,
+    kind: Any,
+    value: Any,
+    limit: Any,
+    keys: Any,
+    start: int,
+    marks: Any,
+    first: int,
+    weight: Any,
+    scale: Any,
+    total: float,
+    factor: float,
+    out: Any,
+) -> bool:
+    """`_mix` piece by piece."""
+    found = False
+    for low in range(0, out.size, PIECE):
+        high = min(low + PIECE, out.size)
+        at = fetch(files, stored, low, high)
+        part = cut(stored, at, at + high - low)
+        chosen = (rule, kind, value, limit, keys, start + low, marks, first + low // RUN)
+        found |= _mix(part[:-1], part[-1], *chosen, weight, scale, total, factor, out[low:high])
     return found
 
 
@@ -233,28 +270,37 @@ def _limits(share: Any) -> Any:
 
 
 @JIT
-def _count_upper(stored: Any, base: Any, histogram: Any) -> None:
-    """The histogram of the upper 16 bits of abs(d)."""
+def _count_upper(files: Any, stored: Any, size: int, histograms: Any) -> None:
+    """The histogram of the upper 16 bits of abs(d_i), for each model."""
     bits = np.empty(RUN, dtype=np.uint32)
-    for low in range(0, stored.size, RUN):
-        high = min(low + RUN, stored.size)
-        _magnitude_bits(stored[low:high], base[low:high], bits)
-        for j in range(high - low):
-            histogram[bits[j] >> np.uint32(16)] += 1
+    for low in range(0, size, PIECE):
+        high = min(low + PIECE, size)
+        at = fetch(files, stored, low, high)
+        for i in range(len(stored) - 1):
+            histogram = histograms[i, 0]
+            for start in range(at, at + high - low, RUN):
+                stop = min(start + RUN, at + high - low)
+                _magnitude_bits(stored[i][start:stop], stored[-1][start:stop], bits)
+                for j in range(stop - start):
+                    histogram[bits[j] >> np.uint32(16)] += 1
 
 
 @JIT
-def _count_lower(stored: Any, base: Any, histograms: Any, prefixes: Any) -> None:
-    """The histograms of the lower 16 bits of the abs(d) that begin with each prefix."""
+def _count_lower(files: Any, stored: Any, size: int, histograms: Any, prefixes: Any) -> None:
+    """The histograms of the lower 16 bits of the abs(d_i) that begin with each prefix."""
     bits = np.empty(RUN, dtype=np.uint32)
-    for low in range(0, stored.size, RUN):
-        high = min(low + RUN, stored.size)
-        _magnitude_bits(stored[low:high], base[low:high], bits)
-        for place in range(prefixes.size):
-            histogram = histograms[place]
-            for j in range(high - low):
-                if bits[j] >> np.uint32(16) == prefixes[place]:
-                    histogram[bits[j] & np.uint32(0xFFFF)] += 1
+    for low in range(0, size, PIECE):
+        high = min(low + PIECE, size)
+        at = fetch(files, stored, low, high)
+        for i in range(len(stored) - 1):
+            for start in range(at, at + high - low, RUN):
+                stop = min(start + RUN, at + high - low)
+                _magnitude_bits(stored[i][start:stop], stored[-1][start:stop], bits)
+                for place in range(prefixes.shape[1]):
+                    prefix, histogram = prefixes[i, place], histograms[i, place]
+                    for j in range(stop - start):
+                        if bits[j] >> np.uint32(16) == prefix:
+                            histogram[bits[j] & np.uint32(0xFFFF)] += 1
 
 
 @JIT
@@ -268,36 +314,39 @@ def _magnitude_bits(stored: Any, base: Any, out: Any) -> None:
 
 
 @JIT
-def _keep_magnitudes(stored: Any, base: Any, low: Any, high: Any, room: Any) -> tuple[int, int]:
-    """How many abs(d) are above the bracket [low, high], and how many inside, whose bits go to `room`."""
+def _keep_magnitudes(files: Any, stored: Any, size: int, brackets: Any, room: Any, above: Any, found: Any) -> None:
+    """Of each model's abs(d_i), what `keep_between` gives for each bracket [model, place, (low, high)]."""
     bits = np.empty(RUN, dtype=np.uint32)
-    marks = np.empty(COLUMNS, dtype=np.uint8)
-    above, found = 0, 0
-    for start in range(0, stored.size, RUN):
-        stop = min(start + RUN, stored.size)
-        _magnitude_bits(stored[start:stop], base[start:stop], bits)
-        more, found = keep_between(bits, low, high, room, marks, found)
-        above += more
-    return above, found
+    places = np.empty(PLACES, dtype=np.uint32)
+    for low in range(0, size, PIECE):
+        high = min(low + PIECE, size)
+        at = fetch(files, stored, low, high)
+        for i in range(len(stored) - 1):
+            for start in range(at, at + high - low, RUN):
+                stop = min(start + RUN, at + high - low)
+                _magnitude_bits(stored[i][start:stop], stored[-1][start:stop], bits)
+                for k in range(brackets.shape[1]):
+                    first, last, kept = brackets[i, k, 0], brackets[i, k, 1], found[i, k]
+                    more, found[i, k] = keep_between(bits, first, last, room[i, k], places, kept)
+                    above[i, k] += more
 
 
-def cut(method: Any, given: Given, reducer: Any) -> Any:
+def largest(method: Any, given: Given, reducer: Any) -> Any:
     """The partial result of KthLargest over abs(d_i)."""
-    stored = elements(given)
-    if stored is None:
+    if (fed := feed(given)) is None:
         return None
     counts = given.once("counts to keep", lambda: counts_to_keep(method.density, given["size"]))
     if reducer.brackets is not None:
-        room = given.scratch.array("inside", (given.count,), np.uint32)
-        base = stored[-1]
-        return between(reducer, counts, lambda row, *ends: _keep_magnitudes(stored[row], base, *ends, room), room)
+        shape = (*reducer.brackets.shape[:2], given.count)
+        kept = Kept(reducer, given.scratch.array("inside", shape, np.uint32))
+        _keep_magnitudes(*fed, given.count, kept.brackets, kept.room, kept.above, kept.found)
+        return kept.between(reducer, counts)
     histogram = histograms(reducer, given.models)
     prefixes = reducer.prefixes(given.models).astype(np.uint32)
-    for i in range(given.models):
-        if prefixes.shape[1]:
-            _count_lower(stored[i], stored[-1], histogram[i], prefixes[i])
-        else:
-            _count_upper(stored[i], stored[-1], histogram[i, 0])
+    if prefixes.shape[1]:
+        _count_lower(*fed, given.count, histogram, prefixes)
+    else:
+        _count_upper(*fed, given.count, histogram)
     return counts.reshape(given.models, -1), histogram
 
 
@@ -336,15 +385,14 @@ def _dropping(method: Any, given: Given) -> tuple[Any, Any]:
 
 def tile(method: Any, given: Given, out: Any, *, random: bool, elected: bool) -> bool | None:
     """The tile of a method that keeps, weighs and mixes deltas, as stored elements of the output."""
-    stored = elements(given)
-    if stored is None:
+    if (fed := feed(given)) is None:
         return None
     settings = given.once("settings of the tile", lambda: _settings(method, given, random=random, elected=elected))
     value, limit, keys, kind, weight, scale, total = settings
     lasting = given.kept(_DRAWN)
     rule = (_DROP if lasting is None else _DROP_AGAIN) if random else _TRIM
     numbers = (rule, kind, value, limit, keys, given.start, *_marks(given, lasting=lasting))
-    return bool(_mix(stored[:-1], stored[-1], *numbers, weight, scale, total, float(method.lambda_), out))
+    return bool(_mix_all(*fed, *numbers, weight, scale, total, float(method.lambda_), out))
 
 
 def _settings(method: Any, given: Given, *, random: bool, elected: bool) -> tuple[Any, ...]:
@@ -360,17 +408,13 @@ def _settings(method: Any, given: Given, *, random: bool, elected: bool) -> tupl
 
 def magnitudes(method: Any, given: Given, *, random: bool) -> Any:
     """Partial results of Σ abs(d_i) and of Σ abs of what is kept: lanes [blocks, n, 256] of both."""
-    stored = elements(given)
-    if stored is None:
+    if (fed := feed(given)) is None:
         return None
     whole, kept = (np.zeros((given.models, -(-given.count // BLOCK), LANES)) for _ in range(2))
-    value, limit = _dropping(method, given) if random else _trimming(given)
     shape = (given.models, -(-given.size // RUN), COLUMNS)
     marks, first = _marks(given, lasting=given.keep(_DRAWN, shape) if random else None)
-    keys = _keys(given)
-    for i in range(given.models):
-        settings = (_DROP if random else _TRIM, value[i], limit[i], keys[i], given.start, BLOCK)
-        _add_magnitudes(stored[i], stored[-1], *settings, marks[i], first, whole[i], kept[i])
+    settings = (_DROP if random else _TRIM, *(_dropping(method, given) if random else _trimming(given)), _keys(given))
+    _add_magnitudes_of_all(*fed, *settings, given.start, given.count, marks, first, whole, kept)
     return whole.transpose(1, 0, 2), kept.transpose(1, 0, 2)
 
 
@@ -379,7 +423,7 @@ def _second(parts: Any) -> Any:
 
 
 FUNCTIONS: dict[tuple[str, ...], Any] = {
-    ("ties", "cut"): cut,
+    ("ties", "cut"): largest,
     ("ties", "kept"): lambda method, given, reducer: _second(magnitudes(method, given, random=False)),
     ("ties", "tile"): lambda method, given, out: tile(method, given, out, random=False, elected=True),
     ("dare_linear", "whole", "kept"): lambda method, given, *reducers: magnitudes(method, given, random=True),

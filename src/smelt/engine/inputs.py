@@ -1,0 +1,91 @@
+"""What one task reads of every source: read as a whole, or piece by piece by the kernel that works on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from smelt.dtypes import DType
+from smelt.engine.tiles import PIECE, Scratch
+from smelt.specs import TensorSpec
+from smelt.storage.files import Buffer
+
+
+class Readable(Protocol):
+    """What tensors are read from: a source, or what stands before one."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read_into(self, spec: TensorSpec, start: int, stop: int, buffer: Buffer) -> None: ...
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A source whose tensors lie in files as they are, so that others can read them."""
+
+    def place_of(self, spec: TensorSpec, start: int, stop: int) -> tuple[int, int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The stored bytes of a range of elements, one buffer and type a source (the base last).
+
+    Where `files` is None all of them are in the buffers. Else nothing is yet: `files` holds the descriptor and position
+    of each, int64 [n, 2], and the buffers have room for the range or for one piece of it.
+    """
+
+    buffers: Sequence[tuple[Any, DType]]
+    files: Any = None
+
+
+class Inputs:
+    """The sources of one tensor. `kept`: one array a source that lasts from pass to pass, or None."""
+
+    def __init__(self, sources: Sequence[tuple[Readable, TensorSpec]]) -> None:
+        self._sources = [(source, spec, spec.dtype, spec.dtype.bits // 8) for source, spec in sources]
+        self.placed = all(isinstance(source, Placed) for source, _ in sources)
+        self.kept: list[Any] | None = None
+
+    def read(self, low: int, high: int, scratch: Scratch, *, again: bool) -> tuple[Stored, int]:
+        """Elements [low, high) of every source, and how many bytes were read for it; `again`: what is kept is there."""
+        buffers, read = [], 0
+        for i, (source, spec, dtype, size) in enumerate(self._sources):
+            first, last = low * size, high * size
+            buffer = (
+                scratch.array(f"raw {i}", (last - first,), np.uint8) if self.kept is None else self.kept[i][first:last]
+            )
+            if self.kept is None or not again:
+                source.read_into(spec, first, last, buffer)
+                read += last - first
+            buffers.append((buffer, dtype))
+        return Stored(buffers), read
+
+    def unread(self, low: int, high: int, scratch: Scratch, *, again: bool) -> tuple[Stored, int] | None:
+        """As `read`, for a kernel that reads by itself; None where nothing is to be read, or not from files."""
+        if not self.placed or (again and self.kept is not None):
+            return None
+        buffers = []
+        files = np.empty((len(self._sources), 2), dtype=np.int64)
+        for i, (source, spec, dtype, size) in enumerate(self._sources):
+            first, last = low * size, high * size
+            files[i] = source.place_of(spec, first, last)  # type: ignore[attr-defined]
+            room = min(last - first, PIECE * size)
+            buffer = scratch.array(f"raw {i}", (room,), np.uint8) if self.kept is None else self.kept[i][first:last]
+            buffers.append((buffer, dtype))
+        return Stored(buffers, files), sum((high - low) * size for *_, size in self._sources)
+
+    def sample(self, chunks: int, length: int, size: int, scratch: Scratch) -> tuple[Stored, int]:
+        """Chunks of `length` elements at even distances over the tensor's `size`."""
+        buffers = []
+        for i, (source, spec, dtype, width) in enumerate(self._sources):
+            buffer = scratch.array(f"sample {i}", (chunks * length * width,), np.uint8)
+            for chunk in range(chunks):
+                low = (size - length) * chunk // (chunks - 1) * width
+                part = buffer[chunk * length * width : (chunk + 1) * length * width]
+                source.read_into(spec, low, low + length * width, part)
+            buffers.append((buffer, dtype))
+        return Stored(buffers), sum(len(buffer) for buffer, _ in buffers)

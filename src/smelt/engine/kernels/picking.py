@@ -1,0 +1,176 @@
+"""Sixteen elements at a time, as vectors that LLVM is told of: which are in a range of keys, which are drawn.
+
+Loops that numba's compiler does not make vectors of, or not ones as wide as the processor has. Written in LLVM's own
+terms, each works on every processor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import binding, ir
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from smelt.engine.kernels.compiled import COLUMNS, JIT, MIX, RUN, trailing_zeros
+
+LANES = 16
+"""Elements of a vector."""
+PLACES = RUN + LANES
+"""Room that `places_between` needs."""
+_MAGNITUDE = 0x7FFFFFFF
+_WORD, _LONG = ir.IntType(32), ir.IntType(64)
+_WORDS, _LONGS = ir.VectorType(_WORD, LANES), ir.VectorType(_LONG, LANES // 2)
+_BITS = ir.VectorType(ir.IntType(1), LANES)
+_int64, _uint64, _uint32, _uint16 = numba.types.int64, numba.types.uint64, numba.types.uint32, numba.types.uint16
+
+
+def _everywhere(builder: Any, kind: Any, value: Any) -> Any:
+    """A vector with this number in every lane."""
+    nothing = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(nothing, value, ir.Constant(_WORD, 0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(_WORD, kind.count), [0] * kind.count))
+
+
+def _steps(kind: Any, step: int = 1) -> Any:
+    """The vector 0, step, 2 step, ..."""
+    return ir.Constant(kind, [k * step % 2**kind.element.width for k in range(kind.count)])
+
+
+def _at(context: Any, builder: Any, array_type: Any, array: Any, place: Any) -> Any:
+    """Where sixteen words of an array begin."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [place]), _WORDS.as_pointer())
+
+
+@intrinsic
+def _pack_lanes(typing_context, bits, start, low, width, places, found):
+    """Of sixteen elements from `start` on: put the places inside to places[found:], and say how many they are."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        source, start, low, width, target, found = arguments
+        keys = builder.load(_at(context, builder, signature.args[0], source, start), align=4)
+        keys = builder.sub(
+            builder.and_(keys, ir.Constant(_WORDS, [_MAGNITUDE] * LANES)), _everywhere(builder, _WORDS, low)
+        )
+        inside = builder.icmp_unsigned("<=", keys, _everywhere(builder, _WORDS, width))
+        own = builder.add(_everywhere(builder, _WORDS, builder.trunc(start, _WORD)), _steps(_WORDS))
+        kind = ir.FunctionType(_WORDS, [_WORDS, _BITS, _WORDS])
+        name = f"llvm.experimental.vector.compress.v{LANES}i32"
+        compress = cgutils.get_or_insert_function(builder.module, kind, name)
+        packed = builder.call(compress, [own, inside, ir.Constant(_WORDS, ir.Undefined)])
+        builder.store(packed, _at(context, builder, signature.args[4], target, found), align=4)
+        return builder.zext(builder.ctpop(builder.bitcast(inside, ir.IntType(LANES))), _LONG)
+
+    return _int64(bits, _int64, _uint32, _uint32, places, _int64), generate
+
+
+@intrinsic
+def _draw_lanes(typing_context, first, key, limit):
+    """Sixteen bits: which of the numbers of eight words are below the limit; `first` is the key and the first word."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        first, key, limit = arguments
+        step, *factors = MIX
+        z = builder.add(_everywhere(builder, _LONGS, first), _steps(_LONGS, step))
+
+        def shifted(z: Any, by: int) -> Any:
+            return builder.xor(z, builder.lshr(z, ir.Constant(_LONGS, [by] * _LONGS.count)))
+
+        z = builder.mul(shifted(z, 30), ir.Constant(_LONGS, [factors[0]] * _LONGS.count))
+        z = shifted(builder.xor(z, _everywhere(builder, _LONGS, key)), 27)
+        z = shifted(builder.mul(z, ir.Constant(_LONGS, [factors[1]] * _LONGS.count)), 31)
+        numbers = builder.lshr(builder.bitcast(z, _WORDS), ir.Constant(_WORDS, [8] * LANES))
+        below = builder.icmp_unsigned("<", numbers, _everywhere(builder, _WORDS, limit))
+        return builder.bitcast(below, ir.IntType(LANES))
+
+    return _uint16(_uint64, _uint64, _uint32), generate
+
+
+@intrinsic
+def _choose_lanes(typing_context, values, start, bits, target):
+    """Sixteen elements from `start` on: target = values where the bit is set, 0 elsewhere."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        source, start, bits, target = arguments
+        words = builder.load(_at(context, builder, signature.args[0], source, start), align=4)
+        chosen = builder.select(builder.bitcast(bits, _BITS), words, ir.Constant(_WORDS, [0] * LANES))
+        builder.store(chosen, _at(context, builder, signature.args[3], target, start), align=4)
+        return context.get_dummy_value()
+
+    return numba.types.void(values, _int64, _uint16, target), generate
+
+
+_pack: Any = _pack_lanes
+_draw: Any = _draw_lanes
+_choose: Any = _choose_lanes
+
+
+@JIT
+def draw_below(key: Any, start: int, limit: Any, bits: Any) -> None:
+    """Which elements [start, start + RUN) of a random stream are below limit / GRID, as bits, uint8 [COLUMNS].
+
+    `start` is even. Bit k of byte i is that of element 8 i + k.
+    """
+    halves = bits.view(np.uint16)
+    word = np.uint64(key[0]) + np.uint64(start >> 1) * np.uint64(MIX[0])
+    for j in range(halves.size):
+        halves[j] = _draw(word, np.uint64(key[1]), np.uint32(limit))
+        word += np.uint64(np.uint64(LANES // 2) * np.uint64(MIX[0]))
+
+
+@JIT
+def choose(values: Any, bits: Any, target: Any) -> None:
+    """target = the elements of a run whose bit is set, as `draw_below` sets them; 0 elsewhere. Both are float32."""
+    halves = bits.view(np.uint16)
+    for j in range(halves.size):
+        _choose(values, LANES * j, halves[j], target)
+
+
+@JIT
+def packed_places(bits: Any, low: Any, width: Any, places: Any) -> int:
+    """`places_between`, sixteen elements at a time."""
+    found = 0
+    for j in range(0, RUN, LANES):
+        found += _pack(bits, j, low, width, places, found)
+    return found
+
+
+@JIT
+def marked_places(bits: Any, low: Any, width: Any, places: Any) -> int:
+    """`places_between`, by the bits of comparisons, eight rows at a time, looking only at those that are set."""
+    marks = np.empty(COLUMNS, dtype=np.uint8)
+    for i in range(COLUMNS):
+        inside = np.uint8(0)
+        for k in range(8):
+            key = np.uint32(bits[k * COLUMNS + i] & np.uint32(_MAGNITUDE))
+            inside = np.uint8(inside | np.uint8(np.uint8(np.uint32(key - low) <= width) << np.uint8(k)))
+        marks[i] = inside
+    words = marks.view(np.uint64)
+    found = 0
+    for number in range(words.size):
+        word = words[number]
+        while word:
+            place = trailing_zeros(word) + np.uint64(64 * number)
+            places[found] = (place & np.uint64(7)) * np.uint64(COLUMNS) + (place >> np.uint64(3))
+            found += 1
+            word &= word - np.uint64(1)
+    return found
+
+
+def _packs() -> bool:
+    """Whether compiled code packs vectors: LLVM has a name for it since 19, and would spell it out without AVX-512."""
+    if binding.llvm_version_info < (19,) or {"NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"} & os.environ.keys():
+        return False
+    return bool(binding.get_host_cpu_features().get("avx512f", False))
+
+
+places_between: Any = packed_places if _packs() else marked_places
+"""(bits, low, width, places) -> how many of a run's magnitudes are in [low, low + width]; their places go to `places`.
+
+`bits` has RUN float32 numbers seen as uint32, whose sign does not count; `places` is uint32 [PLACES].
+"""

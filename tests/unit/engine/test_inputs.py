@@ -1,0 +1,151 @@
+"""Kernels that read by themselves: the same bits as from memory, the same errors, and the bytes that were foretold."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conformance.draws import TYPES, kinds, settings, tensors
+from conformance.driver import Memory, plan_of
+from smelt.engine.forecast import forecast
+from smelt.engine.kernels import STREAMED, fused
+from smelt.engine.kernels.compiled import RUN
+from smelt.engine.kernels.picking import PLACES, marked_places, packed_places
+from smelt.engine.run import RunResult, run
+from smelt.engine.tiles import PIECE, TASK
+from smelt.errors import InputError
+from smelt.methods import api
+from smelt.planning.entries import Plan
+from smelt.storage.sources.memory import MemoryCheckpoint
+
+LENGTH = TASK + PIECE + 777
+
+
+class Filed(MemoryCheckpoint):
+    """A model whose tensors lie in a file too, of which only the place is told."""
+
+    def __init__(self, inner: MemoryCheckpoint, path: Path) -> None:
+        super().__init__(inner.name, {k: (spec, inner._data[k]) for k, spec in inner.tensors.items()})
+        self.asked: list[tuple[int, int]] = []
+        self.read = 0
+        self._starts: dict[str, int] = {}
+        with open(path, "wb") as file:
+            for name, data in self._data.items():
+                self._starts[name] = file.write(b"x" * 13) and file.tell()
+                file.write(data.tobytes())
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def place_of(self, spec: Any, start: int, stop: int) -> tuple[int, int]:
+        self.asked.append((start, stop))
+        return self.descriptor, self._starts[spec.name] + start
+
+    def read_into(self, spec: Any, start: int, stop: int, buffer: Any) -> None:
+        self.read += stop - start
+        super().read_into(spec, start, stop, buffer)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+def merged(plan: Plan, sources: list[Any]) -> tuple[bytes, RunResult]:
+    sink = Memory(plan.entries)
+    done = run(plan, sources, sink, workers=2, kernels=True, allow_nonfinite=True)
+    return b"".join(data.tobytes() for data in sink.data.values()), done
+
+
+def test_the_methods_whose_kernels_read() -> None:
+    assert {method for method, *functions in fused().functions if functions == ["tile"]} == STREAMED
+
+
+@pytest.mark.parametrize("types", ["bfloat16", "float32"])
+@pytest.mark.parametrize("method", sorted(STREAMED))
+def test_the_bits_are_those_from_memory(method: str, types: str, tmp_path: Path) -> None:
+    info = api.get(method)
+    rng = np.random.default_rng(3)
+    n, with_base = kinds(info)[-1]
+    models, base = tensors((LENGTH,), rng, n, TYPES[types])
+    values = settings(info, rng, n)
+    plan, plain = plan_of(
+        method,
+        [{"t": model} for model in models],
+        {"t": base} if with_base else None,
+        values=values,
+        out=TYPES[types][0],
+    )
+    filed = [Filed(source, tmp_path / str(i)) for i, source in enumerate(plain)]
+    try:
+        expected, _ = merged(plan, list(plain))
+        found, done = merged(plan, list(filed))
+        assert found == expected
+        assert {stop for source in filed for _, stop in source.asked}, "no kernel read by itself"
+        told = forecast(plan, workers=2, kernels=True, in_files=range(len(filed)))
+        sampled = done.bytes_read - told.bytes_read  # a sample of each model is read beside
+        assert 0 <= sampled <= len(filed) * 4 * 32768
+    finally:
+        for source in filed:
+            source.close()
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties"])
+def test_a_file_that_cannot_be_read_is_read_the_ordinary_way(method: str, tmp_path: Path) -> None:
+    """Which then says what is wrong, or finds that all is well."""
+    info = api.get(method)
+    rng = np.random.default_rng(5)
+    n, with_base = kinds(info)[-1]
+    models, base = tensors((LENGTH,), rng, n, TYPES["bfloat16"])
+    plan, plain = plan_of(
+        method,
+        [{"t": model} for model in models],
+        {"t": base} if with_base else None,
+        values=settings(info, rng, n),
+        out=TYPES["bfloat16"][0],
+    )
+    expected, _ = merged(plan, list(plain))
+    filed = [Filed(source, tmp_path / str(i)) for i, source in enumerate(plain)]
+    os.truncate(tmp_path / "1", 3 * PIECE)
+    try:
+        assert merged(plan, list(filed))[0] == expected
+        assert filed[1].read > 0
+        filed[1]._data["t"] = filed[1]._data["t"][:1000]
+        with pytest.raises((InputError, ValueError)):
+            merged(plan, list(filed))
+    finally:
+        for source in filed:
+            source.close()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.5, 1.0])
+def test_places_of_a_run(share: float) -> None:
+    """Both ways find what NumPy finds, whatever the processor can do."""
+    rng = np.random.default_rng(11)
+    bits = rng.integers(0, 1 << 32, RUN, dtype=np.uint32)
+    low, width = np.uint32(1 << 28), np.uint32(share * ((1 << 31) - (1 << 28) - 1))
+    bits[rng.permutation(RUN)[:3]] = [low, low + width, np.uint32(0x80000000) | low]
+    magnitudes = bits & np.uint32(0x7FFFFFFF)
+    expected = np.flatnonzero((magnitudes >= low) & (magnitudes <= low + width))
+    for way in (packed_places, marked_places):
+        places = np.zeros(PLACES, dtype=np.uint32)
+        found = way(bits, low, width, places)
+        assert sorted(places[:found].tolist()) == expected.tolist(), way
+
+
+def test_a_guess_of_zeros_alone() -> None:
+    """All is kept, and some deltas are 0: the cut lies among them, where nothing may be written beyond the room."""
+    rng = np.random.default_rng(7)
+    size = (1 << 20) + 5
+    base = rng.standard_normal(size).astype(np.float32)
+    models = [
+        np.where(rng.random(size) < 0.05, base, base + rng.standard_normal(size).astype(np.float32)) for _ in "ab"
+    ]
+    values = {"weight": (0.5, 0.5), "density": (1.0, 0.97)}
+    plan, sources = plan_of("ties", [{"t": m} for m in models], {"t": base}, values=values, out=base.dtype)
+    outcomes = []
+    for kernels in (False, True):
+        sink = Memory(plan.entries)
+        run(plan, sources, sink, workers=1, kernels=kernels)
+        outcomes.append(sink.data["t"])
+    np.testing.assert_array_equal(*outcomes)
