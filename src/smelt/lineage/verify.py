@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,9 @@ from smelt.storage import digests, files
 from smelt.storage.checkpoint import LARGE_LIMIT, WEIGHT_SUFFIXES, TensorSource
 from smelt.storage.sources.local import open_folder
 from smelt.storage.writer import heal
+
+_THREADS = 4
+"""Most threads that hash: more would wait for the disk, or for memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +67,24 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
             problems.append(InputError(f"{_tensors(extra)} not in the record", where=extra[:5]))
         total = sum(spec.nbytes for spec in checkpoint.tensors.values())
         done = 0
-        for name, spec in checkpoint.tensors.items():
-            if name in recorded and tensor_digest(checkpoint, name) != recorded[name]["digest"]:
+        for name, digest in _digests(checkpoint, [name for name in checkpoint.tensors if name in recorded]):
+            spec = checkpoint.tensors[name]
+            if digest != recorded[name]["digest"]:
                 where = [f"{folder / spec.file}  bytes {spec.offset} to {spec.offset + spec.nbytes}"]
                 problems.append(_other_bytes(name, where, trusted=recorded[name].get("trusted") is True))
             done += spec.nbytes
             if progress is not None:
                 progress(done, total)
         return Verification(folder, len(checkpoint.tensors), total, tuple(problems), tuple(warnings))
+
+
+def _digests(source: TensorSource, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The digests of stored tensors, in this order; several threads read and hash."""
+    pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), thread_name_prefix="smelt-verify")
+    try:
+        yield from zip(names, pool.map(partial(tensor_digest, source), names), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def tensor_digest(source: TensorSource, name: str) -> str:

@@ -14,8 +14,8 @@ from smelt.storage.files import ReadFile
 
 BLOCK = 1 << 20
 """Bytes of a block."""
-_READ = 8 * BLOCK
-"""Bytes read at a time."""
+_READ = BLOCK
+"""Bytes read at a time: they are still in the second cache when they are hashed."""
 
 
 def of_blocks(data: memoryview) -> list[bytes]:
