@@ -25,7 +25,7 @@ ORDER = [
     {"prepared"},
     {"guarding"},
     {"merging", "in_memory", "verifying"},
-    {"candidates", "scoring"},
+    {"candidates", "listing", "scoring"},
     {"sweeping", "trying"},
     {"cli"},
 ]
