@@ -97,9 +97,10 @@ def _numbers(line: str) -> dict[str, float]:
             return {}
         plain = {str(k): v for k, v in tree.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         return {name: float(value) for name, value in plain.items()} if len(plain) == len(tree) else {}
-    name, _, number = line.rpartition(" ")
+    before, _, number = line.rpartition(" ")
+    name = before.strip().rstrip(":=").strip()
     try:
-        return {name.strip().rstrip(":=").strip() or "score": float(number)} if len(name.split()) <= 1 else {}
+        return {name or "score": float(number)} if len(name.split()) <= 1 else {}
     except ValueError:
         return {}
 

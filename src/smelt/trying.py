@@ -145,7 +145,7 @@ class _Trial:
         self._backend = backend
         self._kind = kind
         self._copied = copied
-        self._loaded: dict[int, TensorSource] = {}
+        self._loaded: dict[int, dict[str, tuple[TensorSpec, Bytes]]] = {}
         self._known: tuple[Any, Known] = (None, Known())
 
     def check(self) -> None:
@@ -185,13 +185,14 @@ class _Trial:
         model = prepared.models[index]
         if not self._copied or model.planned.merged:
             return model.source
-        if id(model) not in self._loaded:
-            used = {s.tensor.name: s.tensor for e in prepared.plan.entries for s in e.sources if s.model == index}
-            self._loaded[id(model)] = MemoryCheckpoint(model.name, {n: _load(model.source, t) for n, t in used.items()})
-        return self._loaded[id(model)]
+        loaded = self._loaded.setdefault(id(model), {})
+        for source in (source for entry in prepared.plan.entries for source in entry.sources):
+            if source.model == index and source.tensor.name not in loaded:
+                loaded[source.tensor.name] = _load(model.source, source.tensor)
+        return MemoryCheckpoint(model.name, loaded)
 
 
 def _load(source: TensorSource, tensor: TensorSpec) -> tuple[TensorSpec, Bytes]:
-    data = np.empty(tensor.nbytes, dtype=np.uint8)
+    data: Any = np.empty(tensor.nbytes, dtype=np.uint8)
     source.read_into(tensor, 0, tensor.nbytes, memoryview(data))
     return tensor, data
