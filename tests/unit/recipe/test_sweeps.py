@@ -198,7 +198,7 @@ def test_errors_point_into_the_recipe() -> None:
     with pytest.raises(RecipeError) as raised:
         variants(recipe(), read_over(["weight=0.5"]))
     assert "sweep.yml:7:40" in raised.value.where
-    with pytest.raises(SmeltError, match="must be a number"):
+    with pytest.raises(SmeltError, match="must be one number, not 'word'"):
         variants(recipe(), read_over(["lines.alpha=word"]))
 
 
