@@ -3,8 +3,8 @@
 usage: python benchmarks/candidates.py [--size 160m] [--count 5] [--rounds 3] [--folder /dev/shm]
 
 Three models (a base and two fine-tunes) and the outputs of all candidates lie in --folder. *merges* is `smelt.merge`
-called once for each candidate, *sweep* is `smelt.sweep_to` of all, *in memory* `smelt.sweep`, its inputs loaded before
-the first candidate. Of the rounds the least counts. *write* is the time to write one candidate's bytes, and no more.
+called once for each candidate, *sweep* is `smelt.sweep_to` of all, *in memory* `smelt.sweep`, whose first candidate
+loads the inputs. Of the rounds the least counts. *write* is the time to write one candidate's bytes, and no more.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,34 @@ SWEEPS: dict[str, tuple[dict[str, Any], str, float]] = {
 HEADS = (
     *("sweep", "read GB, merges", "read GB, sweep", "s a merge", "s first", "s each further", "s write"),
     *("s first in memory", "s each further in memory"),
+    *("CPU s a merge", "CPU s each further", "CPU s each further in memory"),
 )
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that a call takes, and what it gives."""
-    started = time.perf_counter()
+@dataclass(frozen=True, slots=True)
+class Time:
+    """Seconds on the clock, and of the processor on all cores; these are calmer on a busy machine."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Time:
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, before: Time) -> Time:
+        return Time(self.wall - before.wall, self.cpu - before.cpu)
+
+    def shared(self, count: int) -> Time:
+        """Of `count` equal parts each."""
+        return Time(self.wall / count, self.cpu / count)
+
+
+def timed(work: Callable[[], Any]) -> tuple[Time, Any]:
+    """The time that a call takes, and what it gives."""
+    started = Time.now()
     found = work()
-    return time.perf_counter() - started, found
+    return Time.now().since(started), found
 
 
 def written(folder: Path, size: int) -> float:
@@ -54,32 +75,35 @@ def written(folder: Path, size: int) -> float:
             for _ in range(size >> 20):
                 file.write(piece)
 
-    seconds, _ = timed(write)
+    took, _ = timed(write)
     (folder / "plain").unlink()
-    return seconds
+    return took.wall
 
 
 def measured(recipe: dict[str, Any], over: dict[str, list[float]], folder: Path) -> list[float]:
     """One round: the numbers of a row after its name."""
     out = folder / "out"
-    (key, values), each = next(iter(over.items())), []
-    read = 0
+    (key, values), merges = next(iter(over.items())), []
+    read, more = 0, len(values) - 1
     for value in values:
         tree = recipe | {"parameters": recipe.get("parameters", {}) | {key: value}}
-        seconds, report = timed(lambda tree=tree: smelt.merge(tree, out))  # type: ignore[misc]
-        each.append(seconds)
+        took, report = timed(lambda tree=tree: smelt.merge(tree, out))  # type: ignore[misc]
+        merges.append(took)
         read += report.bytes_read
         shutil.rmtree(out)
     first, _ = timed(lambda: smelt.sweep_to(recipe, {key: values[:1]}, out))
     shutil.rmtree(out)
-    seconds, report = timed(lambda: smelt.sweep_to(recipe, over, out))
+    whole, report = timed(lambda: smelt.sweep_to(recipe, over, out))
     shutil.rmtree(out)
-    further = (seconds - first) / (len(values) - 1)
+    further = whole.since(first).shared(more)
     plain = written(folder, report.bytes_written // len(values))
-    started = time.perf_counter()
-    times = [time.perf_counter() - started for _ in smelt.sweep(recipe, over, tensors="torch" if _torch() else "numpy")]
-    later = (times[-1] - times[0]) / (len(values) - 1)
-    return [read / 1e9, report.bytes_read / 1e9, min(each), first, further, plain, times[0], later]
+    started = Time.now()
+    times = [Time.now().since(started) for _ in smelt.sweep(recipe, over, tensors="torch" if _torch() else "numpy")]
+    later = times[-1].since(times[0]).shared(more)
+    return [
+        *(read / 1e9, report.bytes_read / 1e9, min(one.wall for one in merges), first.wall, further.wall, plain),
+        *(times[0].wall, later.wall, min(one.cpu for one in merges), further.cpu, later.cpu),
+    ]
 
 
 def _torch() -> bool:
