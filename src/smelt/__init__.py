@@ -17,18 +17,26 @@ if TYPE_CHECKING:
     from smelt.merging import MergeReport as MergeReport
     from smelt.merging import merge as merge
     from smelt.merging import plan as plan
+    from smelt.sweeping import SweepReport as SweepReport
+    from smelt.sweeping import sweep_to as sweep_to
+    from smelt.trying import Candidate as Candidate
+    from smelt.trying import sweep as sweep
     from smelt.verifying import verify as verify
 
 _HOME = {
+    "Candidate": "smelt.trying",
     "InputError": "smelt.errors",
     "MergeReport": "smelt.merging",
     "NumericError": "smelt.errors",
     "RecipeError": "smelt.errors",
     "SmeltError": "smelt.errors",
     "StorageError": "smelt.errors",
+    "SweepReport": "smelt.sweeping",
     "merge": "smelt.merging",
     "merge_state_dicts": "smelt.in_memory",
     "plan": "smelt.merging",
+    "sweep": "smelt.trying",
+    "sweep_to": "smelt.sweeping",
     "verify": "smelt.verifying",
 }
 

@@ -68,17 +68,17 @@ def merge_state_dicts(
     beside = {"allow": list(allow), "missing": missing} | ({} if lines is None else {"lines": dict(lines)})
     recipe = from_dict(_recipe(names, method, base_name, dtype, parameters) | beside)
     raise_all(check_parameters(recipe))
-    opened = {name: _model(name, state) for name, state in given.items()}
+    opened = {name: opened_state(name, state) for name, state in given.items()}
     plan = build(recipe, opened, seed=seed)
     sources = [opened[model.published].source for model in plan.models]
     check_equal(plan, sources)
-    kind = "torch" if _is_torch(next(iter(models[0].values()), None)) else "numpy"
-    _check_types(plan, kind)
-    sink = _Memory(plan)
+    kind = "torch" if is_torch(next(iter(models[0].values()), None)) else "numpy"
+    check_types(plan, kind)
+    sink = MemorySink(plan)
     nonfinite = "nonfinite" in recipe.allow
     run(plan, sources, sink, workers=workers, tile=tile, allow_nonfinite=nonfinite, backend=backend)
     return {
-        entry.name: _from_bytes(sink.data[entry.name], entry.dtype, entry.shape, kind=kind) for entry in plan.entries
+        entry.name: from_bytes(sink.data[entry.name], entry.dtype, entry.shape, kind=kind) for entry in plan.entries
     }
 
 
@@ -122,7 +122,7 @@ def _number(value: Any, name: str) -> float:
         raise RecipeError(f"{name} must be numbers, not {value!r}", fix="give one number per model") from None
 
 
-def _check_types(plan: Plan, kind: str) -> None:
+def check_types(plan: Plan, kind: str) -> None:
     """NumPy has neither bfloat16 nor float8. Raises InputError where the result needs the package that has them."""
     foreign = next((entry.dtype for entry in plan.entries if _is_foreign(entry.dtype)), None)
     if kind == "numpy" and foreign is not None and importlib.util.find_spec("ml_dtypes") is None:
@@ -135,7 +135,8 @@ def _is_foreign(dtype: DType) -> bool:
     return dtype.name == "bfloat16" or dtype.name.startswith("float8")
 
 
-def _model(name: str, state: Mapping[str, Any]) -> Model:
+def opened_state(name: str, state: Mapping[str, Any]) -> Model:
+    """A state dict as a model that is open for planning; its arrays are not copied. Raises InputError."""
     tensors: dict[str, tuple[TensorSpec, Bytes]] = {}
     for key, value in state.items():
         if not isinstance(key, str):
@@ -146,12 +147,13 @@ def _model(name: str, state: Mapping[str, Any]) -> Model:
     return Model(PlannedModel(ModelRef(name, name), name, "memory"), source, None, anatomy(source.tensors, None))
 
 
-def _is_torch(value: object) -> bool:
+def is_torch(value: object) -> bool:
+    """Whether a value is of torch, which is not imported for that."""
     return type(value).__module__.split(".")[0] == "torch"
 
 
 def _to_bytes(value: Any, where: str) -> tuple[DType, Bytes]:
-    if _is_torch(value):
+    if is_torch(value):
         import torch
 
         name = str(value.dtype).removeprefix("torch.")
@@ -167,7 +169,8 @@ def _to_bytes(value: Any, where: str) -> tuple[DType, Bytes]:
     return BY_NAME[name], data
 
 
-def _from_bytes(data: Bytes, dtype: DType, shape: tuple[int, ...], *, kind: str) -> Any:
+def from_bytes(data: Bytes, dtype: DType, shape: tuple[int, ...], *, kind: str) -> Any:
+    """Stored bytes as a tensor of torch or an array of NumPy (`kind`), not copied."""
     if kind == "torch":
         import torch
 
@@ -180,7 +183,7 @@ def _from_bytes(data: Bytes, dtype: DType, shape: tuple[int, ...], *, kind: str)
     return data.view(np.dtype(dtype.name)).reshape(shape)
 
 
-class _Memory:
+class MemorySink:
     """A sink of arrays."""
 
     def __init__(self, plan: Plan) -> None:

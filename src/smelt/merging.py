@@ -19,7 +19,8 @@ from smelt.engine.inputs import Placed
 from smelt.engine.nesting import Step, further_models, open_steps, with_steps
 from smelt.engine.run import check_equal, run
 from smelt.engine.tensor import TensorResult
-from smelt.errors import InputError, NumericError, RecipeError, SmeltError, StorageError, raise_all
+from smelt.errors import NumericError, RecipeError, raise_all
+from smelt.guarding import beside_models, inputs_of, refuse_changed, refuse_overlap, unusable
 from smelt.keeping import Kept
 from smelt.lineage.identity import identity
 from smelt.lineage.trusted import Claim, trusted
@@ -38,7 +39,7 @@ from smelt.specs import TensorSpec
 from smelt.storage import digests, files
 from smelt.storage.checkpoint import Checkpoint, TensorSource
 from smelt.storage.journal import Finished
-from smelt.storage.writer import Build, Layout, OutputTensor, check_out, layout
+from smelt.storage.writer import Build, Layout, OutputTensor, layout
 
 SHARD_BYTES = 5_000_000_000
 """Most bytes of tensors in one weight file, unless asked otherwise, or the model is one file without a config."""
@@ -90,6 +91,7 @@ def prepare(
     out: Path | None = None,
     overwrite: bool = False,
     keep_folder: Path | None = None,
+    change: Callable[[Recipe], Recipe] | None = None,
 ) -> Iterator[Prepared]:
     """Parse, open and plan; the models are closed when the context ends.
 
@@ -97,7 +99,8 @@ def prepare(
     until the predicted peak is below it. With `weights` false, no weights are downloaded: the headers of a model on the
     hub are enough for a plan. Where the merge is to write into `out`, an `out` that cannot be is told before any model
     is opened, with the models that are not there. In `keep_folder` the merges are looked for that the recipe keeps:
-    beside `out`, or in the working folder, unless it is given. Raises RecipeError, InputError or StorageError with
+    beside `out`, or in the working folder, unless it is given. `change` gives the recipe that is meant for the one that
+    was read, before it is checked. Raises RecipeError, InputError or StorageError with
     every problem that was found.
     """
     allowed = allowances(allow)
@@ -112,14 +115,15 @@ def prepare(
         recipe = from_dict(recipe)
     with ExitStack() as stack:
         method_files = _load_methods(recipe, beside or Path.cwd(), stack, trust=trust_methods)
+        recipe = recipe if change is None else change(recipe)
         problems = check_parameters(recipe)
         problems += clashes({name: recipe.where("merges", name) for name in recipe.merges or {}}, beside=beside)
         named = mentions(recipe)
         if problems:  # then nothing is fetched, but what is surely missing is told too
             raise_all([*problems, *missing_folders(named, beside=beside)])
         if out is not None:
-            known = [*local_folders(named, beside=beside), *_beside_models(path, method_files)]
-            if problems := _unusable(out, overwrite, known):
+            known = [*local_folders(named, beside=beside), *beside_models(path, method_files)]
+            if problems := unusable(out, overwrite, known):
                 raise_all([*problems, *missing_folders(named, beside=beside)])
         opened = open_models(
             named,
@@ -130,23 +134,55 @@ def prepare(
             merges=tuple(recipe.merges or ()),
         )
         opened, steps = open_steps(recipe, opened, allow=allowed, seed=seed)
-        plan = with_steps(build(recipe, opened, allow=allowed, seed=seed), recipe, steps)
-        if device != CPU:
-            plan = replace(plan, notes=(*plan.notes, _ON_DEVICE.format(device)))
-        models = tuple({id(opened[name.text]): opened[name.text] for name in recipe.model_names()}.values())
-        if strict and plan.warnings:
-            raise RecipeError(_strictly(len(plan.warnings)), where=list(plan.warnings))
-        tokenizer = next(model for model in opened.values() if model.name == plan.tokenizer)
         place = keep_folder or (Path(os.path.realpath(out)).parent if out is not None else Path()) / keeping.FOLDER
         kept = keeping.look(steps, opened, place, allow=allowed, device=device, method_files=method_files)
-        within_it = Within({step.name: step.plan for step in steps}, {name: one.there for name, one in kept.items()})
-        placed = {model.name for model in opened.values() if isinstance(model.source, Placed)}
-        in_files = {i for i, model in enumerate(plan.models) if model.published in placed}
-        if memory is None:
-            cost = forecast(plan, workers=workers, tile=tile, device=device, merges=within_it, in_files=in_files)
-        else:
-            cost = within(memory, plan, workers=workers, tile=tile, device=device, merges=within_it, in_files=in_files)
-        yield Prepared(recipe, opened, models, tokenizer, plan, cost, method_files, steps, kept)
+        yield planned(
+            recipe,
+            opened,
+            steps,
+            kept=kept,
+            method_files=method_files,
+            allow=allowed,
+            strict=strict,
+            seed=seed,
+            workers=workers,
+            tile=tile,
+            device=device,
+            memory=memory,
+        )
+
+
+def planned(
+    recipe: Recipe,
+    opened: Mapping[str, Model],
+    steps: tuple[Step, ...],
+    *,
+    kept: Mapping[str, Kept],
+    method_files: Mapping[str, str],
+    allow: frozenset[str],
+    strict: bool,
+    seed: int,
+    workers: int | None,
+    tile: int | None,
+    device: str,
+    memory: int | None,
+) -> Prepared:
+    """The plan of a checked recipe over its opened models and merges, and what it will cost. Raises as `prepare`."""
+    plan = with_steps(build(recipe, opened, allow=allow, seed=seed), recipe, steps)
+    if device != CPU:
+        plan = replace(plan, notes=(*plan.notes, _ON_DEVICE.format(device)))
+    models = tuple({id(opened[name.text]): opened[name.text] for name in recipe.model_names()}.values())
+    if strict and plan.warnings:
+        raise RecipeError(_strictly(len(plan.warnings)), where=list(plan.warnings))
+    tokenizer = next(model for model in opened.values() if model.name == plan.tokenizer)
+    within_it = Within({step.name: step.plan for step in steps}, {name: one.there for name, one in kept.items()})
+    placed = {model.name for model in opened.values() if isinstance(model.source, Placed)}
+    in_files = {i for i, model in enumerate(plan.models) if model.published in placed}
+    if memory is None:
+        cost = forecast(plan, workers=workers, tile=tile, device=device, merges=within_it, in_files=in_files)
+    else:
+        cost = within(memory, plan, workers=workers, tile=tile, device=device, merges=within_it, in_files=in_files)
+    return Prepared(recipe, opened, models, tokenizer, plan, cost, method_files, steps, kept)
 
 
 def allowances(allow: Iterable[str]) -> frozenset[str]:
@@ -278,17 +314,14 @@ def merge(
     ):
         backend = choose(device)
         plan, models = prepared.plan, prepared.models
-        inputs = _inputs(recipe, prepared)
-        _refuse_overlap(out, inputs)
+        inputs = inputs_of(recipe, prepared)
+        refuse_overlap(out, inputs)
         keeping.refuse_inside(out, prepared.kept)
         for place in prepared.kept.values():
-            _refuse_overlap(place.folder, inputs)
-        shards = _layout(plan, _stored_donor(plan, models, prepared.steps), shard_bytes)
-        check(plan, models, shards)
+            refuse_overlap(place.folder, inputs)
+        shards = layout_of(prepared, shard_bytes)
         sources = [model.source for model in models]
-        for step in prepared.steps:
-            check(step.plan, step.models, _step_layout(step, prepared.steps, shard_bytes))
-            check_equal(step.plan, step.source.sources)
+        check_steps(prepared, shard_bytes)
         check_equal(plan, sources)
         claims, doubts = trusted(plan, sources) if trust_digests else ({}, [])
         if strict and doubts:
@@ -296,7 +329,7 @@ def merge(
         papers = papers_of(prepared, name=Path(os.path.realpath(out)).name)
         if on_plan is not None:
             on_plan(prepared)
-        settings = _Settings(
+        settings = Settings(
             backend=backend,
             allowed=allowed,
             strict=strict,
@@ -306,14 +339,7 @@ def merge(
             progress=progress,
             on_note=on_note,
         )
-        runs = []
-        for step in prepared.steps:
-            kept = prepared.kept.get(step.name)
-            if kept is None:
-                continue
-            if not kept.there:
-                runs.append(_carry_out_step(step, prepared, kept.folder, settings=settings))
-            keeping.read_kept(step, kept.folder, stack)
+        runs = carry_out_kept(prepared, stack, settings=settings)
         done = _carry_out(prepared, out, shards, papers, settings=settings, overwrite=overwrite, claims=claims)
         runs.append(done)
     return MergeReport(
@@ -325,15 +351,30 @@ def merge(
         bytes_read=sum(one.bytes_read for one in runs),
         bytes_written=sum(one.bytes_written for one in runs),
         nonfinite=done.nonfinite,
-        warnings=(*plan.warnings, *doubts, *_nonfinite_warnings(done.nonfinite)),
+        warnings=(*plan.warnings, *doubts, *nonfinite_warnings(done.nonfinite)),
         trusted=tuple(claims),
         resumed=done.resumed,
         kept=prepared.kept,
     )
 
 
+def layout_of(prepared: Prepared, shard_bytes: int | None) -> Layout:
+    """Where the output's tensors will lie, with the plan's laws checked."""
+    plan, models = prepared.plan, prepared.models
+    shards = _layout(plan, _stored_donor(plan, models, prepared.steps), shard_bytes)
+    check(plan, models, shards)
+    return shards
+
+
+def check_steps(prepared: Prepared, shard_bytes: int | None) -> None:
+    """Check the plans of the merges within the recipe, and that their tensors which cannot be averaged are equal."""
+    for step in prepared.steps:
+        check(step.plan, step.models, _step_layout(step, prepared.steps, shard_bytes))
+        check_equal(step.plan, step.source.sources)
+
+
 @dataclass(frozen=True, slots=True)
-class _Settings:
+class Settings:
     """What writing one checkpoint is told, that of the output as those of merges that are kept."""
 
     backend: Backend
@@ -347,7 +388,7 @@ class _Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class _Done:
+class Done:
     """What writing one checkpoint took, and what was found on the way."""
 
     engine_seconds: float
@@ -358,7 +399,20 @@ class _Done:
     resumed: int
 
 
-def _carry_out_step(step: Step, prepared: Prepared, folder: Path, *, settings: _Settings) -> _Done:
+def carry_out_kept(prepared: Prepared, stack: ExitStack, *, settings: Settings) -> list[Done]:
+    """Write the merges of the recipe that are to be kept and are not there, and have all of them read from there."""
+    runs = []
+    for step in prepared.steps:
+        kept = prepared.kept.get(step.name)
+        if kept is None:
+            continue
+        if not kept.there:
+            runs.append(_carry_out_step(step, prepared, kept.folder, settings=settings))
+        keeping.read_kept(step, kept.folder, stack)
+    return runs
+
+
+def _carry_out_step(step: Step, prepared: Prepared, folder: Path, *, settings: Settings) -> Done:
     """Write a merge of the recipe that is kept, as one by itself."""
     names = {text: model.name for text, model in prepared.opened.items()}
     one = keeping.by_itself(step, prepared.recipe, prepared.steps, names)
@@ -376,26 +430,17 @@ def _carry_out(
     shards: Layout,
     papers: Mapping[str, bytes],
     *,
-    settings: _Settings,
+    settings: Settings,
     overwrite: bool,
     claims: Mapping[str, Claim] | None = None,
-) -> _Done:
+) -> Done:
     """Run a plan and write what it gives, whole or not at all."""
     plan, models, cost = prepared.plan, prepared.models, prepared.forecast
     sources = [model.source for model in models]
     stored = [*models, *further_models(models, prepared.steps)]
     claims = claims or {}
     allowed = settings.allowed | frozenset(prepared.recipe.allow)
-    head = identity(
-        plan,
-        shards,
-        inputs=[source.files for source in sources],
-        merges={step.name: (step.plan, [model.source.files for model in step.models]) for step in prepared.steps},
-        allow=allowed,
-        shard_bytes=settings.shard_bytes or SHARD_BYTES,
-        companions=papers,
-        method_files=prepared.method_files,
-    )
+    head = head_of(prepared, shards, papers, settings=settings)
     with Build.start(out, shards, overwrite=overwrite, head=head, resume=settings.resume) as folder:
         if settings.on_note is not None:
             for line in _begun(folder, len(plan.entries)):
@@ -420,23 +465,48 @@ def _carry_out(
             for model in stored:
                 model.source.close()  # where descriptors ran out, removing the build needs some of theirs
             raise
-        hashes = {
-            (index, info.name): known
-            for index, model in enumerate(stored)
-            for info in model.source.files
-            if (known := info.blob_sha256 or (_sha256(info.path) if settings.hash_inputs else None))
-        }
-        _refuse_changed(prepared.opened.values())
-        nonfinite = {r.name: r.inherited + r.created for r in done.tensors if r.inherited + r.created}
-        if settings.strict and nonfinite:
-            raise NumericError(_strictly(1), where=_nonfinite_warnings(nonfinite), fix=_REPAIR)
+        hashes = hashes_of(prepared, settings=settings)
+        refuse_changed(prepared.opened.values())
+        nonfinite = nonfinite_of(done.tensors, strict=settings.strict)
         device = settings.backend.described()
         write_papers(folder, prepared, done.tensors, papers, hashes=hashes, claims=claims, device=device)
         committing = time.perf_counter()
         folder.commit()
         commit_seconds = time.perf_counter() - committing
     written = shards.total_bytes
-    return _Done(done.seconds, commit_seconds, done.bytes_read, written, nonfinite, len(folder.resumed))
+    return Done(done.seconds, commit_seconds, done.bytes_read, written, nonfinite, len(folder.resumed))
+
+
+def head_of(prepared: Prepared, shards: Layout, papers: Mapping[str, bytes], *, settings: Settings) -> dict[str, Any]:
+    """The head of the output's journal: what merge it is."""
+    return identity(
+        prepared.plan,
+        shards,
+        inputs=[model.source.files for model in prepared.models],
+        merges={step.name: (step.plan, [model.source.files for model in step.models]) for step in prepared.steps},
+        allow=settings.allowed | frozenset(prepared.recipe.allow),
+        shard_bytes=settings.shard_bytes or SHARD_BYTES,
+        companions=papers,
+        method_files=prepared.method_files,
+    )
+
+
+def hashes_of(prepared: Prepared, *, settings: Settings) -> dict[tuple[int, str], str]:
+    """The sha256 of each (model, file) for the record, where it is known or asked for."""
+    return {
+        (index, info.name): known
+        for index, model in enumerate([*prepared.models, *further_models(prepared.models, prepared.steps)])
+        for info in model.source.files
+        if (known := info.blob_sha256 or (_sha256(info.path) if settings.hash_inputs else None))
+    }
+
+
+def nonfinite_of(tensors: Iterable[TensorResult], *, strict: bool) -> dict[str, int]:
+    """The tensors with numbers that are not finite, and how many. Raises NumericError where `strict` and any."""
+    nonfinite = {r.name: r.inherited + r.created for r in tensors if r.inherited + r.created}
+    if strict and nonfinite:
+        raise NumericError(_strictly(1), where=nonfinite_warnings(nonfinite), fix=_REPAIR)
+    return nonfinite
 
 
 def _layout(plan: Plan, donor: Model, shard_bytes: int | None) -> Layout:
@@ -488,66 +558,12 @@ def _begun(folder: Build, total: int) -> list[str]:
     return []
 
 
-def _inputs(recipe: object, prepared: Prepared) -> list[Path]:
-    """The folders and files that a merge reads: models, the recipe, method files."""
-    models = dict.fromkeys(model.planned.place for model in prepared.opened.values() if model.source.root is not None)
-    path = Path(recipe) if isinstance(recipe, str | Path) else None
-    return [*(Path(os.path.realpath(place)) for place in models), *_beside_models(path, prepared.method_files)]
-
-
-def _beside_models(path: Path | None, method_files: Iterable[str]) -> list[Path]:
-    """The recipe, if it is a file, and the method files that it names."""
-    if path is None:
-        return []
-    methods = [Path(os.path.realpath(path)).parent / file for file in method_files]
-    return [Path(os.path.realpath(place)) for place in (path, *methods)]
-
-
-def _unusable(out: Path, overwrite: bool, inputs: Sequence[Path]) -> list[SmeltError]:
-    """Why `out` cannot be the output, as far as that is known before a model is opened.
-
-    That it is an input is told first, as advice to replace or clear it would be bad advice then.
-    """
-    try:
-        check_out(out, overwrite=overwrite)
-    except SmeltError as error:
-        try:
-            _refuse_overlap(out, inputs)
-        except SmeltError as worse:
-            return [worse]
-        return [error]
-    return []
-
-
-def _refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
-    """The output must not be, hold, or lie in a folder (or be a file) that the merge reads."""
-    target = Path(os.path.realpath(out))
-    for given in inputs:
-        if target == given or target.is_relative_to(given) or given.is_relative_to(target):
-            relation = "is" if target == given else "lies in" if target.is_relative_to(given) else "holds"
-            raise StorageError(
-                f"the output folder {relation} an input",
-                where=[f"output {target}", f"input  {given}"],
-                fix="choose an output folder apart from models and recipe: inputs are never touched",
-            )
-
-
-def _refuse_changed(models: Iterable[Model]) -> None:
-    changed = dict.fromkeys(f"{model.name}: {name}" for model in models for name in model.source.changed())
-    if changed:
-        raise InputError(
-            "input files were changed while they were being read",
-            where=list(changed),
-            fix="run again, and leave the inputs alone meanwhile",
-        )
-
-
 def _sha256(path: Path) -> str:
     with files.open_read(path) as file:
         return digests.sha256(file)
 
 
-def _nonfinite_warnings(nonfinite: Mapping[str, int]) -> list[str]:
+def nonfinite_warnings(nonfinite: Mapping[str, int]) -> list[str]:
     if not nonfinite:
         return []
     total = sum(nonfinite.values())

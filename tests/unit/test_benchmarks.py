@@ -107,3 +107,13 @@ def test_sweep_and_figures(tmp_path: Path) -> None:
     drawn = ran("figures.py", out)
     assert [Path(path).name for path in drawn] == ["bytes.png", "models.png", "tiles.png", "threads.png"]
     assert all(Path(path).stat().st_size > 5000 for path in drawn)
+
+
+def test_candidates(tmp_path: Path) -> None:
+    options = ("--size", "tiny", "--count", "3", "--rounds", "1", "--only", "over lambda", "--folder", tmp_path)
+    head, _, *found = rows(ran("candidates.py", *options))
+    assert [row[0] for row in found] == [f"{name} over lambda" for name in ("task_arithmetic", "ties", "dare_ties")]
+    for row in found:
+        assert len(row) == len(head)
+        assert float(row[head.index("s a merge")]) > 0
+    assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,10 @@ ORDER = [
     {"engine", "lineage"},
     {"keeping"},
     {"prepared"},
+    {"guarding"},
     {"merging", "in_memory", "verifying"},
+    {"candidates", "listing", "scoring"},
+    {"sweeping", "trying"},
     {"cli"},
 ]
 """A room imports itself and rooms further up; rooms of one line do not import each other (errors, dtypes, specs do)."""

@@ -30,6 +30,7 @@ app = App(
     version_flags=["--version"],
 )
 app.command("smelt.cli.merge:merge", name="merge", help="Merge models as a recipe says, into a new folder.")
+app.command("smelt.cli.sweep:sweep", name="sweep", help="Merge a recipe with many settings at once, and score them.")
 app.command("smelt.cli.plan:plan", name="plan", help="Show what a merge would do, without doing it.")
 app.command("smelt.cli.check:check", name="check", help="Check a recipe from configs and headers alone.")
 app.command("smelt.cli.methods:methods", name="methods", help="List the merge methods, or explain one.")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import array_api_compat.numpy  # noqa: F401 - array_namespace would import it in some worker, at a bad moment
 import numpy as np
@@ -55,6 +55,42 @@ OnTensor = Callable[[TensorResult], None]
 """Called with the result of each tensor when all its bytes are with the sink, from the worker that wrote the last."""
 
 
+class Unit(Protocol):
+    """What workers carry out, in passes of tasks, as `TensorRun` has them."""
+
+    entry: Entry
+
+    @property
+    def tasks(self) -> int: ...
+
+    @property
+    def alone(self) -> bool: ...
+
+    @property
+    def bytes_reread(self) -> int: ...
+
+    @property
+    def bytes_sampled(self) -> int: ...
+
+    def begin(self, scratch: Scratch) -> None: ...
+
+    def task(self, task: int, scratch: Scratch) -> tuple[int, int]: ...
+
+    def end_pass(self, scratch: Scratch) -> bool: ...
+
+    def abandon(self) -> None: ...
+
+    def result(self) -> TensorResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """Work in place of the plan's entries: `make` gives that of an entry by its number, `moved` counts all bytes."""
+
+    make: Callable[[int, Sequence[Readable], Settings, Budget], Unit]
+    moved: int
+
+
 @dataclass(frozen=True, slots=True)
 class RunResult:
     """What a run gives: one result per entry, in plan order, how long it took, and the bytes that it moved.
@@ -82,6 +118,7 @@ def run(
     keep_bytes: int | None = None,
     done: Mapping[str, TensorResult] | None = None,
     on_tensor: OnTensor | None = None,
+    units: Units | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
     """Carry out a plan: read `sources` (one per model of the plan), write every tensor into `sink`.
@@ -90,8 +127,9 @@ def run(
     compiled ones are used; None: if the merge is large enough to repay loading them), or on `keep_bytes` (stored bytes
     that tensors may keep between their passes). `backend` is where methods work. Copied tensors that are in `known` are
     moved unread. Sources may be merges of their own (`engine.steps`), which work with the same settings. `done` are
-    results of tensors that are in the sink already; `on_tensor` is told of each other one when it is written. Raises
-    the first error of any worker; KeyboardInterrupt stops the workers and is passed on.
+    results of tensors that are in the sink already; `on_tensor` is told of each other one when it is written. `units`
+    stand in for what is done for the plan's entries (`engine.variants`). Raises the first error of any worker;
+    KeyboardInterrupt stops the workers and is passed on.
     """
     within = steps_among(sources)
     plans = [plan, *(step.plan for step in within if step.computed)]
@@ -124,6 +162,7 @@ def run(
             on_tensor=on_tensor,
             budget=budget,
             workshop=workshop,
+            units=units,
         )
         crew.work(progress)
     read = crew.read if workshop is None else workshop.bytes_read
@@ -174,8 +213,10 @@ class _Crew:
         on_tensor: OnTensor | None,
         budget: Budget,
         workshop: Workshop | None,
+        units: Units | None,
     ) -> None:
         self._plan = plan
+        self._units = units
         self._known = known
         self._sources = sources
         self._workshop = workshop
@@ -184,7 +225,7 @@ class _Crew:
         self._settings = settings
         self._budget = budget
         self._ready: list[tuple[int, int, int]] = []
-        self._open: dict[int, TensorRun | CopyRun] = {}
+        self._open: dict[int, Unit] = {}
         self._left: dict[int, int] = {}
         self._next = 0
         self._opening = 0
@@ -195,6 +236,8 @@ class _Crew:
         self._stop = False
         self._lost = False
         self._expected = sum(entry.input_bytes + entry.nbytes for entry in plan.entries if entry.name not in done)
+        if units is not None:
+            self._expected = units.moved
         self.read = self.written = 0
 
     def work(self, progress: Progress | None) -> None:
@@ -284,7 +327,7 @@ class _Crew:
     def _begin(self, index: int, scratch: Scratch) -> None:
         """Open a tensor and share its tasks out, or do all of it where it is small."""
         entry = self._plan.entries[index]
-        tensor = self._tensor(entry)
+        tensor = self._tensor(index)
         if self._workshop is not None:
             self._workshop.hold(entry, self._sources)
         read = written = 0
@@ -309,14 +352,17 @@ class _Crew:
                 self._open[index] = tensor
                 self._queue(index, tensor, 0)
 
-    def _finished(self, tensor: TensorRun | CopyRun) -> TensorResult:
+    def _finished(self, tensor: Unit) -> TensorResult:
         """The result of a tensor that is written, of which is told."""
         result = tensor.result()
         if self._on_tensor is not None:
             self._on_tensor(result)
         return result
 
-    def _tensor(self, entry: Entry) -> TensorRun | CopyRun:
+    def _tensor(self, index: int) -> Unit:
+        if self._units is not None:
+            return self._units.make(index, self._readers, self._settings, self._budget)
+        entry = self._plan.entries[index]
         if entry.action is Action.MERGE:
             return TensorRun(entry, self._readers, self._sink, settings=self._settings, budget=self._budget)
         known = self._known.get(entry.name)
@@ -326,7 +372,7 @@ class _Crew:
         self.read += read
         self.written += written
 
-    def _queue(self, index: int, tensor: TensorRun | CopyRun, number: int) -> None:
+    def _queue(self, index: int, tensor: Unit, number: int) -> None:
         """Make the tasks of the tensor's present pass ready; the lock is held."""
         self._left[index] = tensor.tasks
         self._expected += tensor.bytes_reread

@@ -25,9 +25,10 @@ from smelt.engine.kernels import DEFINITIONS, Kernels
 from smelt.engine.memory import Budget, TensorMemory
 from smelt.engine.reducing import Running, bind, startable
 from smelt.engine.rng import key
+from smelt.engine.sharing import Group, Share
 from smelt.engine.tiles import Geometry, Scratch
 from smelt.errors import NumericError, RecipeError
-from smelt.methods.api import Undefined
+from smelt.methods.api import Reduction, Undefined
 from smelt.methods.loading import answerable, definition_of
 from smelt.methods.reducers import described
 from smelt.methods.selection import KthLargest
@@ -89,11 +90,19 @@ class Stage(enum.Enum):
 class TensorRun:
     """The work of one entry that is merged. `task` may be called from any thread, `begin` and `end_pass` by one.
 
-    Without a sink nothing is written: when the reductions are done, any thread may ask `produce` for any part.
+    Without a sink nothing is written: when the reductions are done, any thread may ask `produce` for any part. In a
+    `group` it is one of several variants of the tensor, which read together and share what reductions they can.
     """
 
     def __init__(
-        self, entry: Entry, sources: Sequence[Readable], sink: Sink | None, *, settings: Settings, budget: Budget
+        self,
+        entry: Entry,
+        sources: Sequence[Readable],
+        sink: Sink | None,
+        *,
+        settings: Settings,
+        budget: Budget,
+        group: Group | None = None,
     ) -> None:
         self.entry = entry
         self._sources = sources
@@ -105,10 +114,12 @@ class TensorRun:
         self._inherited = self._created = 0
         self._method: Any = bind(entry)
         self._placed: Any = settings.backend.method(self._method)
+        self.share = None if group is None else Share(group, entry, self._method, self._is_fused)
         self._results = dict.fromkeys(reduction.name for reduction in self._method.info.reductions)
         self._streams = [key(settings.seed, entry.name, source.stream) for source in entry.inputs]
         self.geometry = Geometry.of(entry.shape, self._method.grain, tile=settings.tile)
-        self._inputs = Inputs([(sources[source.model], source.tensor) for source in entry.sources])
+        inputs = [(sources[source.model], source.tensor) for source in entry.sources]
+        self._inputs = Inputs(inputs) if group is None else group.inputs
         self._waiting = list(self._method.active())
         self._running: list[Running] = []
         self.bytes_sampled = 0
@@ -140,9 +151,14 @@ class TensorRun:
         """Whether the present pass is one of reductions."""
         return self._stage is Stage.REDUCE
 
+    @property
+    def multiple(self) -> bool:
+        """Whether it takes more than one pass."""
+        return self._multiple
+
     def begin(self, scratch: Scratch) -> None:
         """Prepare the first pass."""
-        if self._multiple:
+        if self._multiple and self.share is None:
             self._keep_inputs(scratch)
         self._begin_pass(scratch)
 
@@ -171,7 +187,8 @@ class TensorRun:
 
     def abandon(self) -> None:
         """Give back what is kept."""
-        self._inputs.kept = None
+        if self.share is None:
+            self._inputs.kept = None
         self._memory.release()
 
     def result(self) -> TensorResult:
@@ -193,15 +210,39 @@ class TensorRun:
     def _begin_pass(self, scratch: Scratch) -> None:
         for running in self._running:
             running.reset()
-        for reduction in startable(self._waiting, {running.reduction.name for running in self._running}):
-            self._waiting.remove(reduction)
+        for reduction in self._startable():
             running = Running(reduction, reduction.reducer(scope=reduction.scope, size=self.geometry.size))
             if isinstance(running.reducer, KthLargest):
                 self._guess(running, scratch)
+            if self.share is not None:
+                self.share.began(running)
             self._running.append(running)
-        self._stage = Stage.REDUCE if self._running else Stage.WRITE
+        others = self.share is not None and bool(self.share.pending)
+        self._stage = Stage.REDUCE if self._running or others else Stage.WRITE
         if self._stage is Stage.WRITE:
             self._derive()
+
+    def _startable(self) -> list[Reduction]:
+        """Take the reductions that may begin now from those that wait; some of them another variant may have made."""
+        going = {running.reduction.name for running in self._running}
+        own: list[Reduction] = []
+        while True:
+            pending = set() if self.share is None else self.share.pending
+            found = startable(self._waiting, going | pending)
+            for reduction in found:
+                self._waiting.remove(reduction)
+            own += found if self.share is None else self.share.begin(found, self._results)
+            if not found:
+                return own
+            going |= {reduction.name for reduction in own}
+
+    def _is_fused(self, names: tuple[str, ...]) -> bool:
+        """Whether one kernel makes these reductions."""
+        return len(names) > 1 and (self.entry.method, *names) in self._settings.kernels.functions
+
+    def _seen(self, method: Any, *running: Running) -> Any:
+        """The method as these reductions may see it."""
+        return method if self.share is None else self.share.view(method, [one.reduction for one in running])
 
     def _close_reductions(self) -> None:
         with np.errstate(all="ignore"):
@@ -209,6 +250,10 @@ class TensorRun:
                 running.reducer.close(running.total())
                 if running.reducer.done:
                     self._results[running.reduction.name] = running.reducer.finish()
+                    if self.share is not None:
+                        self.share.ended(running, self._results[running.reduction.name])
+        if self.share is not None:
+            self.share.collect(self._results)
         self._running = [running for running in self._running if not running.reducer.done]
 
     def _guess(self, running: Running, scratch: Scratch) -> None:
@@ -225,7 +270,8 @@ class TensorRun:
         self.bytes_sampled += read
         given = self._tile_given(stored, 0, chunks * length, scratch)
         with np.errstate(all="ignore"):
-            numbers, counts = self._call(reduction.function, reduction.arguments, given, method=self._method)
+            seen = self._seen(self._method, running)
+            numbers, counts = self._call(reduction.function, reduction.arguments, given, method=seen)
             running.reducer.guess((np.asarray(numbers).reshape(-1, chunks, length), counts))
 
     def _derive(self) -> None:
@@ -304,6 +350,8 @@ class TensorRun:
             yield low, high, self._tile_given(Stored(pieces), low, high, scratch)
 
     def _reduce(self, start: int, stop: int, scratch: Scratch) -> int:
+        if not self._running:  # another variant is at the reduction that this one waits for
+            return 0
         kernels = self._settings.kernels
         with np.errstate(all="ignore"):
             if (read := self._reduce_by_kernel(start, stop, scratch)) is not None:
@@ -317,7 +365,8 @@ class TensorRun:
             for low, high, given in self._tiles(stored, start, stop, scratch) if left else ():
                 for running in left:
                     reduction = running.reduction
-                    values = self._call(reduction.function, reduction.arguments, given, method=self._placed)
+                    seen = self._seen(self._placed, running)
+                    values = self._call(reduction.function, reduction.arguments, given, method=seen)
                     if problem := running.reducer.refuses(values, len(given.shape) + 1):
                         raise self._misused(reduction.function, *problem)
                     running.add(values, low, high, self.geometry, kernel=kernels.partials.get(type(running.reducer)))
@@ -330,7 +379,8 @@ class TensorRun:
         if kernel is None:
             return None
         reducers = [running.reducer for running in self._running]
-        partials, _, read = self._by_kernel(start, stop, scratch, lambda given: kernel(self._method, given, *reducers))
+        seen = self._seen(self._method, *self._running)
+        partials, _, read = self._by_kernel(start, stop, scratch, lambda given: kernel(seen, given, *reducers))
         if partials is None:
             return None
         for running, part in zip(self._running, partials if len(names) > 1 else [partials], strict=True):
@@ -342,7 +392,8 @@ class TensorRun:
         left = []
         for running in self._running:
             kernel = self._settings.kernels.functions.get((self.entry.method, running.reduction.name))
-            partials = kernel(self._method, given, running.reducer) if kernel is not None else None
+            seen = self._seen(self._method, running)
+            partials = kernel(seen, given, running.reducer) if kernel is not None else None
             if partials is None:
                 left.append(running)
             else:

@@ -93,6 +93,8 @@ class Reduction:
     scope: Scope
     when: Callable[[Any], bool]
     arguments: tuple[str, ...] = ()
+    uses: tuple[str, ...] | None = None
+    """The settings that the function reads (recipe names); None: any of them may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,14 +195,18 @@ def reduce(
     *,
     scope: Scope = "tensor",
     when: Callable[[Any], bool] = lambda method: True,
+    uses: Sequence[str] | None = None,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Mark a function of a method as a reduction: it returns the values of a tile that `reducer` folds.
 
-    `when` tells from the settings whether it is needed; where it is not, its result is None.
+    `when` tells from the settings whether it is needed; where it is not, its result is None. `uses` names the settings
+    that the function reads, as recipes call them: a sweep over others makes the reduction once, and shows the function
+    no other setting. Without `uses` it is made for each candidate.
     """
 
     def mark(function: Callable[..., Any]) -> Any:
-        return Reduction(function.__name__, reducer, function, scope, when, _arguments(function))
+        named = None if uses is None else tuple(uses)
+        return Reduction(function.__name__, reducer, function, scope, when, _arguments(function), named)
 
     return mark
 
@@ -250,6 +256,9 @@ def register(name: str, *, source: str) -> Callable[[type[M]], type[M]]:
             if unknown := set(step.arguments) - known:
                 raise TypeError(f"{name}.{step.name} asks for {sorted(unknown)}, which nothing before it provides")
             known.add(step.name)
+        for reduction in reductions:
+            if unknown := set(reduction.uses or ()) - fields.keys():
+                raise TypeError(f"{name}.{reduction.name} uses {sorted(unknown)}, which are no settings of it")
         tile_arguments = _arguments(tile)
         if unknown := set(tile_arguments) - known:
             raise TypeError(f"{name}.tile asks for {sorted(unknown)}, which nothing provides")

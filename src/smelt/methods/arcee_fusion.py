@@ -56,7 +56,7 @@ class ArceeFusion(Method):
     def grain(self) -> Grain:
         return Grain.ROW
 
-    @reduce(KthLargest64)
+    @reduce(KthLargest64, uses=())
     def quartiles(self, x: Array, base: Array, deltas: Array, size: int) -> tuple[Array, Array]:
         xp = array_namespace(base)
         counts = [size - math.floor(q * (size - 1)) for q in _QUANTILES]

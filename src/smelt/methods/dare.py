@@ -44,11 +44,11 @@ class DareLinear(Method):
     rescale: bool | str = scalar(True, words=("density",), doc=RESCALE_DOC)
     lambda_: float = LAMBDA
 
-    @reduce(Sum, when=lambda method: method.rescale is True)
+    @reduce(Sum, uses=(), when=lambda method: method.rescale is True)
     def whole(self, deltas: Array) -> Array:
         return abs(deltas)
 
-    @reduce(Sum, when=lambda method: method.rescale is True)
+    @reduce(Sum, uses=("density",), when=lambda method: method.rescale is True)
     def kept(self, deltas: Array, uniform: Array) -> Array:
         return abs(drop(deltas, self.density, uniform))
 
@@ -89,11 +89,11 @@ class DareTies(Method):
     rescale: bool | str = scalar(True, words=("density",), doc=RESCALE_DOC)
     lambda_: float = LAMBDA
 
-    @reduce(Sum, when=lambda method: method.rescale is True)
+    @reduce(Sum, uses=(), when=lambda method: method.rescale is True)
     def whole(self, deltas: Array) -> Array:
         return abs(deltas)
 
-    @reduce(Sum, when=lambda method: method.rescale is True)
+    @reduce(Sum, uses=("density",), when=lambda method: method.rescale is True)
     def kept(self, deltas: Array, uniform: Array) -> Array:
         return abs(drop(deltas, self.density, uniform))
 

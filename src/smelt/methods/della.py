@@ -112,11 +112,11 @@ class Della(Method):
     def check(self) -> None:
         _check(self.density, self.epsilon)
 
-    @reduce(Sum, when=lambda method: method.rescale is True)
+    @reduce(Sum, uses=(), when=lambda method: method.rescale is True)
     def whole(self, deltas: Array) -> Array:
         return abs(deltas)
 
-    @reduce(Sum, when=lambda method: method.rescale is True)
+    @reduce(Sum, uses=("density", "epsilon"), when=lambda method: method.rescale is True)
     def kept(self, deltas: Array, uniform: Array) -> Array:
         return abs(prune_by_rank(deltas, self.density, self.epsilon, uniform))
 
@@ -169,11 +169,11 @@ class DellaLinear(Method):
     def check(self) -> None:
         _check(self.density, self.epsilon)
 
-    @reduce(Sum, when=lambda method: method.rescale is True)
+    @reduce(Sum, uses=(), when=lambda method: method.rescale is True)
     def whole(self, deltas: Array) -> Array:
         return abs(deltas)
 
-    @reduce(Sum, when=lambda method: method.rescale is True)
+    @reduce(Sum, uses=("density", "epsilon"), when=lambda method: method.rescale is True)
     def kept(self, deltas: Array, uniform: Array) -> Array:
         return abs(prune_by_rank(deltas, self.density, self.epsilon, uniform))
 

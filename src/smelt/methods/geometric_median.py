@@ -50,7 +50,7 @@ class GeometricMedian(Method):
         if float(self.weight.min()) < 0.0 or float(self.weight.sum()) == 0.0:
             raise ValueError("the weights must be 0 or more, and one of them more than 0", "give other weights")
 
-    @reduce(Gram, when=lambda method: not method.row_wise)
+    @reduce(Gram, uses=(), when=lambda method: not method.row_wise)
     def products(self, x: Array) -> Array:
         return apart(x)
 

@@ -41,7 +41,7 @@ class Karcher(Method):
         1e-5, within="[0, inf)", doc="stop when a step is shorter than this; models with a norm up to it are left out"
     )
 
-    @reduce(Gram)
+    @reduce(Gram, uses=())
     def products(self, x: Array) -> Array:
         return x
 

@@ -41,7 +41,9 @@ class Localize(Method):
     def grain(self) -> Grain:
         return Grain.ROW if self.row_wise else Grain.ELEMENT
 
-    @reduce(KthLargest, when=lambda method: not method.row_wise and bool((method.density < 1.0).any()))
+    @reduce(
+        KthLargest, uses=("density",), when=lambda method: not method.row_wise and bool((method.density < 1.0).any())
+    )
     def cut(self, deltas: Array, size: int) -> tuple[Array, Array]:
         return abs(deltas), counts_to_keep(self.density, size)
 

@@ -39,7 +39,7 @@ class ModelStock(Method):
     def grain(self) -> Grain:
         return Grain.ROW if self.filter_wise else Grain.ELEMENT
 
-    @reduce(Gram, when=lambda method: not method.filter_wise)
+    @reduce(Gram, uses=(), when=lambda method: not method.filter_wise)
     def products(self, deltas: Array) -> Array:
         return deltas
 

@@ -41,7 +41,7 @@ class MultiSlerp(Method):
     normalize_weights: bool = scalar(True, doc="divide the weights by their sum")
     eps: float = scalar(1e-8, within="(0, inf)", doc="added to norms; a mean direction shorter than this is none")
 
-    @reduce(Gram)
+    @reduce(Gram, uses=())
     def products(self, vectors: Array) -> Array:
         return vectors
 

@@ -46,15 +46,17 @@ class Pcb(Method):
     def grain(self) -> Grain:
         return Grain.ROW if self.row_wise else Grain.ELEMENT
 
-    @reduce(Extremes, when=lambda method: not method.row_wise)
+    @reduce(Extremes, uses=(), when=lambda method: not method.row_wise)
     def ranges(self, deltas: Array) -> Array:
         return products(deltas)
 
-    @reduce(Sum, when=lambda method: not method.row_wise)
+    @reduce(Sum, uses=(), when=lambda method: not method.row_wise)
     def sums(self, deltas: Array, ranges: Array) -> Array:
         return powers(deltas, *_columns(ranges))
 
-    @reduce(KthLargest64, when=lambda method: not method.row_wise and bool((method.density < 1.0).any()))
+    @reduce(
+        KthLargest64, uses=("density",), when=lambda method: not method.row_wise and bool((method.density < 1.0).any())
+    )
     def cut(self, deltas: Array, ranges: Array, sums: Array, size: int) -> tuple[Array, Array]:
         return scores(powers(deltas, *_columns(ranges)), sums[:, None]), counts_to_keep(self.density, size)
 

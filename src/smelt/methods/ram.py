@@ -89,13 +89,13 @@ class RamPlus(Method):
     alpha: float = scalar(0.2, doc="that ratio at most")
     epsilon: float = scalar(1e-5, within="[0, inf)", doc=_EPSILON_DOC)
 
-    @reduce(Sum)
+    @reduce(Sum, uses=("epsilon",))
     def unique(self, deltas: Array) -> Array:
         xp = array_namespace(deltas)
         active, count = activity(deltas, self.epsilon)
         return xp.stack([xp.astype(one & (count == 1.0), xp.float32) for one in active])
 
-    @reduce(Sum)
+    @reduce(Sum, uses=("epsilon",))
     def shared(self, deltas: Array) -> Array:
         xp = array_namespace(deltas)
         active, count = activity(deltas, self.epsilon)

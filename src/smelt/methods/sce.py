@@ -52,18 +52,18 @@ class Sce(Method):
 
     select_topk: float = scalar(1.0, doc="share of the varying positions kept; 1 or more keeps all, 0 or less none")
 
-    @reduce(Sum, when=lambda method: method.select_topk < 1.0)
+    @reduce(Sum, uses=(), when=lambda method: method.select_topk < 1.0)
     def varying(self, deltas: Array) -> Array:
         xp = array_namespace(deltas)
         return xp.astype(variance(deltas) != 0.0, xp.float32)
 
-    @reduce(KthLargest64, when=lambda method: method.select_topk < 1.0)
+    @reduce(KthLargest64, uses=("select_topk",), when=lambda method: method.select_topk < 1.0)
     def cut(self, deltas: Array, varying: Array) -> tuple[Array, Array]:
         xp = array_namespace(deltas)
         count = math.floor(max(self.select_topk, 0.0) * float(varying[0]))
         return variance(deltas), xp.asarray([count])
 
-    @reduce(Sum)
+    @reduce(Sum, uses=())
     def energy(self, deltas: Array, cut: Cut | None, uniform: Array) -> Array:
         xp = array_namespace(deltas)
         return xp.astype(_select(deltas, cut, uniform), xp.float64) ** 2

@@ -53,7 +53,7 @@ class Slerp(Method):
 
     t: float = scalar(required, doc="place between the base (0) and the model (1)")
 
-    @reduce(Gram)
+    @reduce(Gram, uses=())
     def products(self, base: Array, x: Array) -> Array:
         return (base, x[0])
 
@@ -113,11 +113,11 @@ class NuSlerp(Method):
             return Grain.ELEMENT
         return Grain.SLAB if self.nuslerp_row_wise else Grain.ROW
 
-    @reduce(Gram, when=lambda method: method.grain is Grain.ELEMENT)
+    @reduce(Gram, uses=(), when=lambda method: method.grain is Grain.ELEMENT)
     def products(self, vectors: Array) -> Array:
         return vectors
 
-    @reduce(Gram, scope="column", when=lambda method: method.grain is Grain.SLAB)
+    @reduce(Gram, scope="column", uses=(), when=lambda method: method.grain is Grain.SLAB)
     def column_products(self, vectors: Array) -> Array:
         return vectors
 

@@ -57,15 +57,15 @@ class Ties(Method):
     rescale: bool | str = scalar(False, words=("density",), doc=RESCALE_DOC)
     lambda_: float = LAMBDA
 
-    @reduce(KthLargest, when=lambda method: bool((method.density < 1.0).any()))
+    @reduce(KthLargest, uses=("density",), when=lambda method: bool((method.density < 1.0).any()))
     def cut(self, deltas: Array, size: int) -> tuple[Array, Array]:
         return abs(deltas), counts_to_keep(self.density, size)
 
-    @reduce(Sum, when=lambda method: method.rescale is True)
+    @reduce(Sum, uses=(), when=lambda method: method.rescale is True)
     def whole(self, deltas: Array) -> Array:
         return abs(deltas)
 
-    @reduce(Sum, when=lambda method: method.rescale is True)
+    @reduce(Sum, uses=(), when=lambda method: method.rescale is True)
     def kept(self, deltas: Array, cut: Cut | None, uniform: Array) -> Array:
         return abs(trim(deltas, cut, uniform))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ def load(path: str | os.PathLike[str]) -> Recipe:
 def from_dict(tree: Any, *, source: str = "recipe") -> Recipe:
     """The recipe that plain values say, under the same rules as a text's. Raises RecipeError or ManyProblems."""
     return _typed(from_plain(tree, source=source), [])
+
+
+def changed(recipe: Recipe, tree: Any) -> Recipe:
+    """A recipe of other values, whose messages point to where they stand in this one's text. Raises as `parse` does."""
+    return _typed(replace(recipe._document, value=tree), [])
 
 
 def _typed(document: Document, found: list[SmeltError]) -> Recipe:

@@ -49,6 +49,10 @@ class MemoryCheckpoint:
         if stop > start:
             flat(buffer)[:] = flat(self._data[spec.name][start:stop])
 
+    def data(self, name: str) -> Bytes:
+        """All stored bytes of a tensor, not copied. Raises KeyError when there is no such tensor."""
+        return self._data[name]
+
     def bytes(self, name: str) -> builtins.bytes | None:
         """A document, or None."""
         return self._documents.get(name)
