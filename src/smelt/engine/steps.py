@@ -19,8 +19,10 @@ import numpy as np
 
 from smelt.engine.backends import HOST, default_tile
 from smelt.engine.memory import Budget
+from smelt.engine.reducing import Part
 from smelt.engine.tensor import Readable, Settings, TensorRun
 from smelt.engine.tiles import TASK, Scratch
+from smelt.engine.whole import Parts, Sweep, one_by_one, reduced
 from smelt.planning.entries import Action, Entry, Plan
 from smelt.specs import TensorSpec
 from smelt.storage.checkpoint import FileInfo, TensorSource, check_range, decode_json, decode_text
@@ -66,6 +68,7 @@ class StepSource:
         self._workshop: Workshop | None = None
         self._readers: list[Readable] = []
         self._settings: Settings | None = None
+        self._whole: tuple[str, Parts] | None = None
         self._held: Counter[str] = Counter()
         self._made: dict[str, _Made] = {}
         self._lock = threading.Lock()
@@ -90,12 +93,41 @@ class StepSource:
         entry = self._entries[spec.name]
         if self._workshop is None:  # outside a run
             with Workshop.open([self], _alone(self.plan.seed), Budget(0)):
+                self._make_whole()
                 self.read_into(spec, start, stop, buffer)
         elif entry.action is not Action.MERGE:
             source = entry.inputs[0]
             self._readers[source.model].read_into(source.tensor, start, stop, buffer)
         else:
             self._of(entry).read_into(start, stop, buffer)
+
+    @property
+    def settings(self) -> Settings:
+        """What it works with in the present run."""
+        assert self._settings is not None
+        return self._settings
+
+    def has_whole(self, device: str) -> bool:
+        """Whether the reductions over its whole model are done, on this device; they last from run to run."""
+        return self._whole is not None and self._whole[0] == device
+
+    def take_whole(self, parts: Parts, device: str) -> None:
+        """Take what the reductions over its whole model have given."""
+        self._whole = (device, parts)
+
+    def _make_whole(self) -> None:
+        """Make them outside a run, with no threads; first those of the merges that it is made of."""
+        device = self.settings.backend.name
+        if self.has_whole(device):
+            return
+        for source in self.sources:
+            if isinstance(source, StepSource) and source.computed:
+                source._make_whole()
+
+        def carry_out(sweep: Sweep) -> None:
+            one_by_one(sweep, self._readers, settings=self.settings)
+
+        self.take_whole(reduced(self.plan, carry_out), device)
 
     def hold(self, name: str) -> None:
         """Keep what is found out about a tensor until `drop` has been called as often."""
@@ -129,8 +161,9 @@ class StepSource:
         with self._lock:
             if entry.name not in self._made:
                 assert self._workshop is not None
-                assert self._settings is not None
-                self._made[entry.name] = _Made(entry, self._readers, self._workshop, self._settings)
+                assert self._whole is not None
+                part = self._whole[1].get(entry.name)
+                self._made[entry.name] = _Made(entry, self._readers, self._workshop, self.settings, part)
             return self._made[entry.name]
 
     def enter(self, workshop: Workshop, settings: Settings) -> None:
@@ -178,9 +211,16 @@ def _alone(seed: int) -> Settings:
 class _Made:
     """One tensor of a merge within the recipe: its reductions, shared out among those who need them; then its parts."""
 
-    def __init__(self, entry: Entry, sources: Sequence[Readable], workshop: Workshop, settings: Settings) -> None:
+    def __init__(
+        self,
+        entry: Entry,
+        sources: Sequence[Readable],
+        workshop: Workshop,
+        settings: Settings,
+        part: Part | None,
+    ) -> None:
         self._workshop = workshop
-        self._run = TensorRun(entry, sources, None, settings=settings, budget=workshop.budget)
+        self._run = TensorRun(entry, sources, None, settings=settings, budget=workshop.budget, part=part)
         self._size = entry.dtype.bits // 8
         self._unit = max(self._run.geometry.width, 1)
         """Elements between two places where the grain allows a cut; the whole tensor where there is no other."""
@@ -347,6 +387,10 @@ class Workshop:
     def stop(self) -> None:
         """Make all threads raise Stopped as soon as they look."""
         self._stopped = True
+
+    def go_on(self) -> None:
+        """Let threads work again: those of a loop that came to its end were told to stop."""
+        self._stopped = False
 
     def look(self) -> None:
         """Raise Stopped if the run is to stop."""

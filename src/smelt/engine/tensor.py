@@ -22,7 +22,7 @@ from smelt.engine.backends import HOST, Backend
 from smelt.engine.given import Given
 from smelt.engine.kernels import DEFINITIONS, Kernels
 from smelt.engine.memory import Budget, TensorMemory
-from smelt.engine.reducing import Running, bind, startable
+from smelt.engine.reducing import Part, Running, bind, startable
 from smelt.engine.rng import key
 from smelt.engine.tiles import Geometry, Scratch
 from smelt.errors import NumericError, RecipeError
@@ -98,11 +98,19 @@ class Stage(enum.Enum):
 class TensorRun:
     """The work of one entry that is merged. `task` may be called from any thread, `begin` and `end_pass` by one.
 
-    Without a sink nothing is written: when the reductions are done, any thread may ask `produce` for any part.
+    Without a sink nothing is written: when the reductions are done, any thread may ask `produce` for any part. With a
+    `part` its reductions go over the whole model, and it makes none of its own.
     """
 
     def __init__(
-        self, entry: Entry, sources: Sequence[Readable], sink: Sink | None, *, settings: Settings, budget: Budget
+        self,
+        entry: Entry,
+        sources: Sequence[Readable],
+        sink: Sink | None,
+        *,
+        settings: Settings,
+        budget: Budget,
+        part: Part | None = None,
     ) -> None:
         self.entry = entry
         self._sources = sources
@@ -119,8 +127,10 @@ class TensorRun:
         self._streams = [key(settings.seed, entry.name, source.stream) for source in entry.inputs]
         self.geometry = Geometry.of(entry.shape, self._method.grain, tile=settings.tile)
         self._inputs = [(sources[s.model], s.tensor, s.tensor.dtype, s.tensor.dtype.bits // 8) for s in entry.sources]
-        self._waiting = list(self._method.active())
-        self._running: list[Running] = []
+        self._waiting = list(self._method.active()) if part is None else []
+        self._running: list[Running] = [] if part is None else list(part.running)
+        self._adding = bool(self._running)
+        self._results |= {} if part is None else part.results
         self.bytes_sampled = 0
         self._first_pass = True
         self._multiple = bool(self._waiting)
@@ -169,6 +179,9 @@ class TensorRun:
     def end_pass(self, scratch: Scratch) -> bool:
         """End the present pass and prepare the next; False when there is none."""
         self._first_pass = False
+        if self._adding:
+            self.abandon()
+            return False
         if self._stage is Stage.REDUCE:
             self._close_reductions()
             self._begin_pass(scratch)
@@ -183,6 +196,10 @@ class TensorRun:
         """Give back what is kept."""
         self._kept = None
         self._memory.release()
+
+    def totals(self) -> list[Any]:
+        """What the tensor adds to the reductions over its model, when their pass is done."""
+        return [running.total() for running in self._running]
 
     def result(self) -> TensorResult:
         blocks = [self._digests[block] for block in sorted(self._digests)]

@@ -16,6 +16,7 @@ from smelt.methods.api import (
 )
 from smelt.methods.selection import Cut
 from smelt.methods.stages import (
+    CUT_OVER,
     DENSITY,
     LAMBDA,
     RESCALE_DOC,
@@ -43,7 +44,8 @@ class Breadcrumbs(Method):
     common.
 
     Note: where density and gamma overlap, gamma yields; a density of 1 keeps all and ignores gamma. Entries that equal
-    a cut are kept with the probability that fills the count, where MergeKit's unstable sort picks any of them.
+    a cut are kept with the probability that fills the count, where MergeKit's unstable sort picks any of them. The
+    paper masks each layer for itself; with granularity: model ranks are those of the whole model.
 
     Example:
         merge_method: breadcrumbs
@@ -55,12 +57,15 @@ class Breadcrumbs(Method):
             parameters: {weight: 0.5, density: 0.8, gamma: 0.02}
     """
 
+    per_tensor = frozenset({"weight", "normalize", "lambda"})
+
     weight: Array = per_model(required, doc="how much of each task vector goes in")
     density: Array = DENSITY
     gamma: Array = _GAMMA
     normalize: bool = scalar(False, doc="divide by the sum of the weights")
     rescale: bool | str = scalar(False, words=("density",), doc=RESCALE_DOC)
     lambda_: float = LAMBDA
+    granularity: str = CUT_OVER
 
     @reduce(KthLargest, when=lambda method: bool((method.density < 1.0).any()))
     def cut(self, deltas: Array, size: int) -> tuple[Array, Array]:
@@ -97,7 +102,8 @@ class BreadcrumbsTies(Method):
     Use it as breadcrumbs, for fine-tunes that pull in different directions.
 
     Note: where density and gamma overlap, gamma yields; a density of 1 keeps all and ignores gamma. Entries that equal
-    a cut are kept with the probability that fills the count, where MergeKit's unstable sort picks any of them.
+    a cut are kept with the probability that fills the count, where MergeKit's unstable sort picks any of them. The
+    paper masks each layer for itself; with granularity: model ranks are those of the whole model.
 
     Example:
         merge_method: breadcrumbs_ties
@@ -109,12 +115,15 @@ class BreadcrumbsTies(Method):
             parameters: {weight: 0.4, density: 0.9, gamma: 0.01}
     """
 
+    per_tensor = frozenset({"weight", "normalize", "lambda"})
+
     weight: Array = per_model(required, doc="how much of each task vector goes in")
     density: Array = DENSITY
     gamma: Array = _GAMMA
     normalize: bool = scalar(False, doc="divide each entry by the weights of the models that agree")
     rescale: bool | str = scalar(False, words=("density",), doc=RESCALE_DOC)
     lambda_: float = LAMBDA
+    granularity: str = CUT_OVER
 
     @reduce(KthLargest, when=lambda method: bool((method.density < 1.0).any()))
     def cut(self, deltas: Array, size: int) -> tuple[Array, Array]:

@@ -19,10 +19,32 @@ TINY = 1e-8
 
 LAMBDA = scalar(1.0, name="lambda", doc="factor on the merged task vector before it is added to the base")
 DENSITY = per_model(1.0, doc="share of entries kept; 1 or more keeps all, 0 or less none")
+CUT_OVER = scalar(
+    "tensor",
+    words=("tensor", "model"),
+    doc="over what entries are ranked and norms taken: each tensor for itself, or the whole model",
+)
+OVER = scalar(
+    "tensor",
+    words=("tensor", "row", "model"),
+    doc="over what it is worked out: each tensor for itself, each row (last dimension), or the whole model",
+)
+ANGLE_OVER = scalar(
+    "tensor",
+    words=("tensor", "model"),
+    doc="over what angles and norms are taken: each tensor for itself, or the whole model",
+)
 RESCALE_DOC = (
     "true: scale what is kept so that each task vector keeps its L1 norm; density: divide it by the density, as the "
     "DARE paper does; false: leave it"
 )
+
+
+def check_rows(granularity: str, row_wise: bool, *, name: str = "row_wise") -> None:
+    """Raise ValueError (what, fix) where the older setting asks for rows and `granularity` for the whole model."""
+    if row_wise and granularity == "model":
+        what = f"{name} asks for each row by itself, granularity for the whole model"
+        raise ValueError(what, f"keep one of the two: `{name}: true` is `granularity: row`")
 
 
 def weighted_sum(vectors: Array, coefficients: Array, *, start: Array | None = None) -> Array:
