@@ -156,7 +156,9 @@ def test_equal_inputs_come_out_as_they_are(method: str, out: np.dtype) -> None:
             assert (np.abs(got.astype(np.float64) - want) <= step(want, out)).all(), (values, shape, n, with_base)
 
 
-@pytest.mark.parametrize(("method", "name"), [(method, name) for method in NAMES for name in api.get(method).fields])
+@pytest.mark.parametrize(
+    ("method", "name"), [(m, name) for m in NAMES for name, field in api.get(m).fields.items() if field.kind != "word"]
+)
 def test_every_parameter_changes_something(method: str, name: str) -> None:
     info = api.get(method)
     field = info.fields[name]

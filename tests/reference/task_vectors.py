@@ -165,6 +165,7 @@ def ties(
     rescale: Rescale = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
+    granularity: str = "tensor",
 ) -> Array:
     """b + lambda election(trimmed deltas)."""
     d = deltas64(models, base, "ties")
@@ -220,6 +221,7 @@ def breadcrumbs(
     rescale: Rescale = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
+    granularity: str = "tensor",
 ) -> Array:
     """b + lambda weighted_sum(deltas without their largest and smallest entries)."""
     kept, w = _banded(models, base, keep, weight, density, gamma, rescale)
@@ -238,6 +240,7 @@ def breadcrumbs_ties(
     rescale: Rescale = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
+    granularity: str = "tensor",
 ) -> Array:
     """b + lambda election(deltas without their largest and smallest entries)."""
     kept, w = _banded(models, base, keep, weight, density, gamma, rescale)

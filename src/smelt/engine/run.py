@@ -166,7 +166,7 @@ def _whole(
     shown: Shown,
     given: Parts | None = None,
 ) -> Parts:
-    """Make the reductions over whole models: first those of merges within, then the plan's own unless they are given."""
+    """Make the reductions over whole models: first those of merges within, then the plan's own if none are given."""
     for source in sources:
         if isinstance(source, StepSource) and source.computed and not source.has_whole(settings.backend.name):
             its = source.settings
