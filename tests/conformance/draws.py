@@ -55,10 +55,11 @@ def number(field: Field, rng: np.random.Generator) -> float:
 def value(field: Field, rng: np.random.Generator, n: int) -> Any:
     """A value for a field; one number per model where it is per model.
 
-    Words alone are left as they are: what goes over a whole model is tried in `test_whole`, over several tensors.
+    What goes over a whole model is tried in `test_whole`, over several tensors.
     """
     if field.kind == "word":
-        return field.default
+        words = [word for word in field.words if word != "model"]
+        return words[int(rng.integers(len(words)))] if len(words) > 1 else field.default
     if field.per_model:
         return tuple(number(field, rng) for _ in range(n))
     if field.kind == "bool":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from smelt.methods.api import (
     Array,
+    Grain,
     KthLargest,
     Method,
     Sum,
@@ -16,19 +17,27 @@ from smelt.methods.api import (
 )
 from smelt.methods.selection import Cut
 from smelt.methods.stages import (
-    CUT_OVER,
     DENSITY,
     LAMBDA,
+    OVER,
     RESCALE_DOC,
     add_to_base,
     band,
     band_counts,
     combine,
+    cut_rows,
     rescale_factors,
 )
 
 _SOURCE = "Davari & Belilovsky 2023, arXiv:2312.06795"
 _GAMMA = per_model(0.01, within="[0, 1]", doc="share of the largest entries dropped; no effect where density is 1")
+
+
+def _kept(deltas: Array, method: Breadcrumbs | BreadcrumbsTies, cut: Cut | None, uniform: Array) -> Array:
+    """The band of each task vector, between the two cuts of all of it or of each of its rows."""
+    if method.grain is Grain.ROW:
+        cut = cut_rows(abs(deltas), band_counts(method.density, method.gamma, deltas.shape[-1]))
+    return band(deltas, cut, uniform)
 
 
 @register("breadcrumbs", source=_SOURCE)
@@ -45,7 +54,8 @@ class Breadcrumbs(Method):
 
     Note: where density and gamma overlap, gamma yields; a density of 1 keeps all and ignores gamma. Entries that equal
     a cut are kept with the probability that fills the count, where MergeKit's unstable sort picks any of them. The
-    paper masks each layer for itself; with granularity: model ranks are those of the whole model.
+    paper masks each layer for itself, its authors' program each row (last dimension): granularity: row. With
+    granularity: model ranks are those of the whole model.
 
     Example:
         merge_method: breadcrumbs
@@ -65,9 +75,13 @@ class Breadcrumbs(Method):
     normalize: bool = scalar(False, doc="divide by the sum of the weights")
     rescale: bool | str = scalar(False, words=("density",), doc=RESCALE_DOC)
     lambda_: float = LAMBDA
-    granularity: str = CUT_OVER
+    granularity: str = OVER
 
-    @reduce(KthLargest, when=lambda method: bool((method.density < 1.0).any()))
+    @property
+    def grain(self) -> Grain:
+        return Grain.ROW if self.granularity == "row" else Grain.ELEMENT
+
+    @reduce(KthLargest, when=lambda method: method.grain is not Grain.ROW and bool((method.density < 1.0).any()))
     def cut(self, deltas: Array, size: int) -> tuple[Array, Array]:
         return abs(deltas), band_counts(self.density, self.gamma, size)
 
@@ -77,14 +91,14 @@ class Breadcrumbs(Method):
 
     @reduce(Sum, when=lambda method: method.rescale is True)
     def kept(self, deltas: Array, cut: Cut | None, uniform: Array) -> Array:
-        return abs(band(deltas, cut, uniform))
+        return abs(_kept(deltas, self, cut, uniform))
 
     @derive
     def factors(self, whole: Array, kept: Array) -> Array:
         return rescale_factors(self.rescale, self.density, whole, kept)
 
     def tile(self, base: Array, deltas: Array, cut: Cut | None, uniform: Array, factors: Array) -> Array:
-        kept = band(deltas, cut, uniform)
+        kept = _kept(deltas, self, cut, uniform)
         mixed = combine(kept, self.weight, factors=factors, elected=False, normalize=self.normalize)
         return add_to_base(base, mixed, self.lambda_)
 
@@ -103,7 +117,8 @@ class BreadcrumbsTies(Method):
 
     Note: where density and gamma overlap, gamma yields; a density of 1 keeps all and ignores gamma. Entries that equal
     a cut are kept with the probability that fills the count, where MergeKit's unstable sort picks any of them. The
-    paper masks each layer for itself; with granularity: model ranks are those of the whole model.
+    paper masks each layer for itself, its authors' program each row (last dimension): granularity: row. With
+    granularity: model ranks are those of the whole model.
 
     Example:
         merge_method: breadcrumbs_ties
@@ -123,9 +138,13 @@ class BreadcrumbsTies(Method):
     normalize: bool = scalar(False, doc="divide each entry by the weights of the models that agree")
     rescale: bool | str = scalar(False, words=("density",), doc=RESCALE_DOC)
     lambda_: float = LAMBDA
-    granularity: str = CUT_OVER
+    granularity: str = OVER
 
-    @reduce(KthLargest, when=lambda method: bool((method.density < 1.0).any()))
+    @property
+    def grain(self) -> Grain:
+        return Grain.ROW if self.granularity == "row" else Grain.ELEMENT
+
+    @reduce(KthLargest, when=lambda method: method.grain is not Grain.ROW and bool((method.density < 1.0).any()))
     def cut(self, deltas: Array, size: int) -> tuple[Array, Array]:
         return abs(deltas), band_counts(self.density, self.gamma, size)
 
@@ -135,13 +154,13 @@ class BreadcrumbsTies(Method):
 
     @reduce(Sum, when=lambda method: method.rescale is True)
     def kept(self, deltas: Array, cut: Cut | None, uniform: Array) -> Array:
-        return abs(band(deltas, cut, uniform))
+        return abs(_kept(deltas, self, cut, uniform))
 
     @derive
     def factors(self, whole: Array, kept: Array) -> Array:
         return rescale_factors(self.rescale, self.density, whole, kept)
 
     def tile(self, base: Array, deltas: Array, cut: Cut | None, uniform: Array, factors: Array) -> Array:
-        kept = band(deltas, cut, uniform)
+        kept = _kept(deltas, self, cut, uniform)
         mixed = combine(kept, self.weight, factors=factors, elected=True, normalize=self.normalize)
         return add_to_base(base, mixed, self.lambda_)

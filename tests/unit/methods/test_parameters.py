@@ -18,6 +18,7 @@ DELLA = {**TRIMMED, "epsilon": 0.15}
 BREADCRUMBS = {**TRIMMED, "gamma": 0.01}
 SVD = {"decompose": True, "rank": 0, "randomized": False, "oversampling": 10, "power": 2}
 EACH = {"granularity": "tensor"}
+ROWS = {"breadcrumbs", "breadcrumbs_ties", "geometric_median", "localize", "model_stock", "pcb"}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "arcee_fusion": {},
@@ -114,7 +115,7 @@ def test_ranges(method: str) -> None:
 @pytest.mark.parametrize("method", DEFAULTS)
 def test_words_beside_numbers(method: str) -> None:
     for name, field in api.get(method).fields.items():
-        rows = ("row",) if method in {"geometric_median", "localize", "model_stock", "pcb"} else ()
+        rows = ("row",) if method in ROWS else ()
         words = {"rescale": ("density",), "granularity": ("tensor", *rows, "model")}
         assert field.words == words.get(name, ()), name
 

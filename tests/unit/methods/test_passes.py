@@ -75,7 +75,10 @@ def test_angles() -> None:
         ("arcee_fusion", {}, Grain.ROW),
         ("model_stock", {}, Grain.ELEMENT),
         ("model_stock", {"filter_wise": True}, Grain.ROW),
-        *((name, {"granularity": "row"}, Grain.ROW) for name in ("model_stock", "pcb", "localize", "geometric_median")),
+        *(
+            (name, {"granularity": "row"}, Grain.ROW)
+            for name in ("model_stock", "pcb", "localize", "geometric_median", "breadcrumbs", "breadcrumbs_ties")
+        ),
         *((name, {"granularity": "model"}, Grain.ELEMENT) for name in ("model_stock", "pcb", "ties", "nuslerp")),
         ("nuslerp", {}, Grain.ELEMENT),
         ("nuslerp", {"nuslerp_flatten": False}, Grain.ROW),
