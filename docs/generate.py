@@ -141,12 +141,12 @@ it costs.
 | breadcrumbs, breadcrumbs_ties | each layer; the program masks each row | tensor, row, model |
 | model_stock | an angle for each layer | tensor, row, model |
 | sce | each parameter matrix | tensor, model |
-| slerp, nuslerp, multislerp, karcher | none says; MergeKit takes each tensor | tensor, model (nuslerp: rows and columns by `nuslerp_flatten`) |
+| slerp, nuslerp, multislerp, karcher | none says; MergeKit takes each tensor | tensor, model |
 
 The others have no such choice. task_arithmetic, linear, passthrough, nearswap, consensus, ram, expo and the averages of
 checkpoints look at each entry by itself; so does dare, as what its paper divides by is the density, and only MergeKit's
-`rescale: true` takes norms, of each tensor. della ranks each row, arcee_fusion compares the entries of a tensor, and tsv,
-iso_c, iso_cts and wudi decompose one matrix at a time.
+`rescale: true` takes norms, of each tensor. della ranks each row, arcee_fusion compares the entries of a tensor, and
+tsv, iso_c, iso_cts and wudi decompose one matrix at a time. nuslerp has rows and columns by `nuslerp_flatten: false`.
 """
 
 

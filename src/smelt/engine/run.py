@@ -131,8 +131,8 @@ def run(
 
 
 def whole_results(plan: Plan, sources: Sequence[TensorSource]) -> Parts:
-    """What reductions over the whole model give for a plan, by the array definitions and with one thread."""
-    settings = Settings(workers=1, tile=default_tile(HOST.name), seed=plan.seed, keep_bytes=KEEP_BYTES)
+    """What reductions over the whole model give for a plan, by the array definitions."""
+    settings = Settings(workers=default_workers(), tile=default_tile(HOST.name), seed=plan.seed, keep_bytes=KEEP_BYTES)
     with _opened(plan, sources, settings) as (workshop, budget):
         return _whole(plan, sources, settings, budget, workshop, done={}, shown=Shown(None, plan, {}))
 
@@ -184,7 +184,7 @@ def _whole(
             on_tensor=None,
             budget=budget,
             workshop=workshop,
-            parts=sweep.parts(),
+            parts={},
             sweep=sweep,
         )
         crew.work(shown.of_loop())
@@ -392,7 +392,7 @@ class _Crew:
 
     def _tensor(self, entry: Entry) -> TensorRun | CopyRun:
         if entry.action is Action.MERGE:
-            part = self._parts.get(entry.name)
+            part = self._parts.get(entry.name) if self._sweep is None else self._sweep.part(entry)
             return TensorRun(entry, self._readers, self._sink, settings=self._settings, budget=self._budget, part=part)
         known = self._known.get(entry.name)
         assert self._sink is not None

@@ -24,6 +24,7 @@ from smelt.engine.tensor import Readable, Settings, TensorRun
 from smelt.engine.tiles import TASK, Scratch
 from smelt.engine.whole import Parts, Sweep, one_by_one, reduced
 from smelt.planning.entries import Action, Entry, Plan
+from smelt.planning.whole import is_whole
 from smelt.specs import TensorSpec
 from smelt.storage.checkpoint import FileInfo, TensorSource, check_range, decode_json, decode_text
 from smelt.storage.files import Buffer
@@ -93,7 +94,6 @@ class StepSource:
         entry = self._entries[spec.name]
         if self._workshop is None:  # outside a run
             with Workshop.open([self], _alone(self.plan.seed), Budget(0)):
-                self._make_whole()
                 self.read_into(spec, start, stop, buffer)
         elif entry.action is not Action.MERGE:
             source = entry.inputs[0]
@@ -116,18 +116,12 @@ class StepSource:
         self._whole = (device, parts)
 
     def _make_whole(self) -> None:
-        """Make them outside a run, with no threads; first those of the merges that it is made of."""
-        device = self.settings.backend.name
-        if self.has_whole(device):
-            return
-        for source in self.sources:
-            if isinstance(source, StepSource) and source.computed:
-                source._make_whole()
+        """Make them where no run has: with no threads, when the first tensor is read that needs them."""
 
         def carry_out(sweep: Sweep) -> None:
             one_by_one(sweep, self._readers, settings=self.settings)
 
-        self.take_whole(reduced(self.plan, carry_out), device)
+        self.take_whole(reduced(self.plan, carry_out), self.settings.backend.name)
 
     def hold(self, name: str) -> None:
         """Keep what is found out about a tensor until `drop` has been called as often."""
@@ -161,10 +155,15 @@ class StepSource:
         with self._lock:
             if entry.name not in self._made:
                 assert self._workshop is not None
-                assert self._whole is not None
-                part = self._whole[1].get(entry.name)
+                part = self._part(entry) if is_whole(entry) else None
                 self._made[entry.name] = _Made(entry, self._readers, self._workshop, self.settings, part)
             return self._made[entry.name]
+
+    def _part(self, entry: Entry) -> Part:
+        if not self.has_whole(self.settings.backend.name):
+            self._make_whole()
+        assert self._whole is not None
+        return self._whole[1][entry.name]
 
     def enter(self, workshop: Workshop, settings: Settings) -> None:
         """Work within a run from now on."""

@@ -24,9 +24,8 @@ Parts = Mapping[str, Part]
 """Tensor -> its part in the reductions over its model."""
 HISTOGRAM = 2 * 8 << 16
 """Bytes that a k-th largest needs for a model: counts of 64 Ki digits in 64 bits, for two cuts."""
-
-
 Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
 
 
 class Shown:
@@ -56,13 +55,9 @@ class Sweep:
         self.entries = tuple(entry for one in going for entry in one.group.counted)
         """What it goes over: each tensor once, in the order in which results are folded."""
 
-    @property
-    def input_bytes(self) -> int:
-        return sum(entry.input_bytes for entry in self.entries)
-
-    def parts(self) -> dict[str, Part]:
-        """What each tensor is to add to."""
-        return {entry.name: self._of[entry.name].part() for entry in self.entries}
+    def part(self, entry: Entry) -> Part:
+        """What a tensor is to add to. Nobody else keeps it: what it holds goes with the tensor."""
+        return self._of[entry.name].part()
 
     def take(self, entry: Entry, totals: Sequence[Any]) -> None:
         """Take what a tensor adds; from any thread."""
@@ -127,9 +122,9 @@ def unfinished(plan: Plan, done: Collection[str]) -> list[Group]:
 
 def one_by_one(sweep: Sweep, sources: Sequence[Readable], *, settings: Settings) -> None:
     """Carry out a pass with no threads."""
-    budget, scratch, parts = Budget(0), Scratch(settings.backend.empty), sweep.parts()
+    budget, scratch = Budget(0), Scratch(settings.backend.empty)
     for entry in sweep.entries:
-        tensor = TensorRun(entry, sources, None, settings=settings, budget=budget, part=parts[entry.name])
+        tensor = TensorRun(entry, sources, None, settings=settings, budget=budget, part=sweep.part(entry))
         tensor.begin(scratch)
         for task in range(tensor.tasks):
             tensor.task(task, scratch)

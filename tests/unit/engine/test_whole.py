@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from conformance.driver import F32, plan_of
+from conformance.driver import F32, Memory, plan_of
+from smelt.engine import run as engine
 from smelt.engine.forecast import forecast
 from smelt.engine.whole import Sweep, passes_of, reduced, result_bytes
 from smelt.planning.anatomy import Part, Role
@@ -104,6 +106,22 @@ def test_several_groups_are_told_of() -> None:
         "granularity model: 2 and 1 tensors are of different models, and each of these groups is a whole"
     ]
     assert notes(found[:1]) == []
+
+
+def test_what_a_tensor_has_counted_goes_with_it() -> None:
+    """120 tensors of two models: as many histograms of 512 KiB each would be 120 MiB, twice."""
+    tensors = {f"t{i:03}": np.full(7, i, dtype=F32) for i in range(120)}
+    base = {name: np.zeros(7, dtype=F32) for name in tensors}
+    values = {"weight": 1.0, "density": 0.5, "granularity": "model"}
+    made, sources = plan_of("ties", [tensors, base], base, values=values, out=F32)
+    tracemalloc.start()
+    try:
+        engine.run(made, sources, Memory(made.entries), workers=2, kernels=False)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    (group,) = groups(made.entries, tied=False)
+    assert peak < result_bytes(group, 2) + (8 << 20)
 
 
 def test_what_is_found_takes_memory_with_the_models_and_not_with_their_size() -> None:

@@ -75,7 +75,11 @@ parameters:
         (
             "",
             "  zzz: 1",
-            ("ties has no parameter `zzz`", "11:3", "ties takes weight, density, normalize, rescale, lambda, granularity"),
+            (
+                "ties has no parameter `zzz`",
+                "11:3",
+                "ties takes weight, density, normalize, rescale, lambda, granularity",
+            ),
         ),
         ("      density: 53%", "", ("`density` must be a number, not '53%'", "7:16", "write 0.53")),
         ("      density: 0,5", "", ("`density` must be a number, not '0,5'", "7:16", "write 0.5")),
