@@ -126,10 +126,27 @@ all random numbers here.
 
 ## Tensor, row or whole model
 
-Where a paper ranks or scales over the whole model (ties, localize, pcb, geometric_median), smelt does it in each
-tensor, or except for ties with `row_wise: true` in each row along the last dimension. One scale for the whole model
-is not offered. Methods that look at each entry by itself (task_arithmetic, consensus, expo, averages of checkpoints)
-are the same in any case.
+Some methods look at all entries before they merge one: for a cut, a norm, an angle. Papers differ in what "all" is, and
+`granularity` says it: `tensor` (the default), `row` (along the last dimension) or `model`, all tensors together, as if
+they were one long vector. [recipes.md](recipes.md#tensor-row-or-whole-model-granularity) tells how it is used and what
+it costs.
+
+| method | in the paper, or its authors' program | `granularity` |
+|---|---|---|
+| ties | the whole task vector is trimmed | tensor, model |
+| localize | regions of the whole task vector | tensor, row, model |
+| pcb | scales and shares of the whole task vector | tensor, row, model |
+| ramplus_tl | entries are counted over the whole model | tensor, model |
+| geometric_median | distances between whole models | tensor, row, model |
+| breadcrumbs, breadcrumbs_ties | each layer; the program masks each row | tensor, row, model |
+| model_stock | an angle for each layer | tensor, row, model |
+| sce | each parameter matrix | tensor, model |
+| slerp, nuslerp, multislerp, karcher | none says; MergeKit takes each tensor | tensor, model |
+
+The others have no such choice. task_arithmetic, linear, passthrough, nearswap, consensus, ram, expo and the averages of
+checkpoints look at each entry by itself; so does dare, as what its paper divides by is the density, and only MergeKit's
+`rescale: true` takes norms, of each tensor. della ranks each row, arcee_fusion compares the entries of a tensor, and
+tsv, iso_c, iso_cts and wudi decompose one matrix at a time. nuslerp has rows and columns by `nuslerp_flatten: false`.
 """
 
 

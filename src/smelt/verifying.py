@@ -2,6 +2,7 @@
 
 The second part needs the inputs. It plans the recorded recipe over them, demands that the plan is the recorded one, and
 computes the chosen tensors by the array definitions: each as one tile, without kernels. The bits must be those stored.
+What reductions over the whole model give is worked out anew as well, from all of the inputs: the record is not asked.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from smelt import dtypes
 from smelt._version import __version__
 from smelt.dtypes import DType
 from smelt.engine.nesting import open_steps
-from smelt.engine.run import check_equal, run
+from smelt.engine.run import check_equal, run, whole_results
 from smelt.engine.tiles import BLOCK
+from smelt.engine.whole import Parts
 from smelt.errors import InputError, RecipeError, SmeltError, nearest, raise_all
 from smelt.lineage.record import made_of
 from smelt.lineage.verify import Verification, read_record
 from smelt.lineage.verify import verify as verify_hashes
+from smelt.methods import api
 from smelt.planning.build import build
 from smelt.planning.entries import Entry, Plan
 from smelt.planning.locate import Model, open_recorded
+from smelt.planning.whole import is_whole
 from smelt.recipe.check import check_parameters
 from smelt.recipe.nesting import mentions
 from smelt.recipe.parse import from_dict
@@ -170,9 +174,10 @@ def _recompute(
             return _Recomputed(problems=(other,))
         chosen = _choose(plan, wanted, seed)
         sources = [opened[text].source for text in _in_order(plan, recipe)]
+        whole = whole_results(plan, sources) if any(map(is_whole, chosen)) else {}
         for entry in chosen:
             try:
-                problems += _compare(entry, plan, sources, output, record)
+                problems += _compare(entry, plan, sources, output, record, whole)
             except SmeltError as error:
                 problems += error.problems
         return _Recomputed(tuple(entry.name for entry in chosen), tuple(problems))
@@ -249,7 +254,7 @@ def _other_plan(plan: Plan, recorded: Mapping[str, Any]) -> InputError | None:
     where = [f"{name} is not in the record" for name in (e.name for e in plan.entries) if name not in recorded]
     where += [f"{name} is not made by the recipe" for name in recorded.keys() - {e.name for e in plan.entries}]
     for entry in plan.entries:
-        row = recorded.get(entry.name, {})
+        row = _with_defaults(recorded.get(entry.name, {}), entry)
         for key, value in made_of(entry, plan).items():
             if key in row and row[key] != value:
                 where.append(f"{entry.name}  {key}: recorded {row[key]!r:.80}, planned {value!r:.80}")
@@ -261,6 +266,15 @@ def _other_plan(plan: Plan, recorded: Mapping[str, Any]) -> InputError | None:
         where=[*where[:_SHOWN], *more],
         fix="check that the inputs and smelt.json are those of this output",
     )
+
+
+def _with_defaults(row: Mapping[str, Any], entry: Entry) -> Mapping[str, Any]:
+    """A row of the record, with the defaults of parameters that the method has been given since it was written."""
+    values = row.get("values")
+    if not isinstance(values, Mapping) or row.get("method") != entry.method:
+        return row
+    later = {name: field.default for name, field in api.get(entry.method).fields.items() if not field.per_model}
+    return {**row, "values": {name: values.get(name, later.get(name)) for name in {*entry.values, *values}}}
 
 
 def _choose(plan: Plan, wanted: int | None, seed: int) -> list[Entry]:
@@ -285,7 +299,12 @@ class _Sink:
 
 
 def _compare(
-    entry: Entry, plan: Plan, sources: Sequence[TensorSource], output: TensorSource, record: Mapping[str, Any]
+    entry: Entry,
+    plan: Plan,
+    sources: Sequence[TensorSource],
+    output: TensorSource,
+    record: Mapping[str, Any],
+    whole: Parts,
 ) -> list[SmeltError]:
     """Make one tensor again, and hold it against what is stored."""
     spec = output.tensors.get(entry.name)
@@ -297,7 +316,7 @@ def _compare(
     alone = replace(plan, entries=(entry,))
     check_equal(alone, sources)
     sink = _Sink(entry.nbytes)
-    run(alone, sources, sink, workers=1, tile=entry.size + BLOCK, allow_nonfinite=True, kernels=False)
+    run(alone, sources, sink, workers=1, tile=entry.size + BLOCK, allow_nonfinite=True, kernels=False, whole=whole)
     stored: Any = np.empty(entry.nbytes, dtype=np.uint8)
     output.read_into(spec, 0, entry.nbytes, memoryview(stored))
     different = np.flatnonzero(stored != sink.data)

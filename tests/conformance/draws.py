@@ -53,7 +53,13 @@ def number(field: Field, rng: np.random.Generator) -> float:
 
 
 def value(field: Field, rng: np.random.Generator, n: int) -> Any:
-    """A value for a field; one number per model where it is per model."""
+    """A value for a field; one number per model where it is per model.
+
+    What goes over a whole model is tried in `test_whole`, over several tensors.
+    """
+    if field.kind == "word":
+        words = [word for word in field.words if word != "model"]
+        return words[int(rng.integers(len(words)))] if len(words) > 1 else field.default
     if field.per_model:
         return tuple(number(field, rng) for _ in range(n))
     if field.kind == "bool":

@@ -91,6 +91,27 @@ def test_reductions_depend_on_what_they_name(name: str, kind: tuple[int, bool], 
     assert bool(found) or not reductions or name in ("nuslerp",)
 
 
+def test_variants_over_the_whole_model() -> None:
+    """Their reductions are not those of one tensor: the plans are carried out one by one, and all is as alone."""
+    rng = np.random.default_rng(1)
+    models, base = draws.tensors((70, 30), rng, 2, draws.TYPES["bfloat16"])
+    given = [{"a": model, "b": model[:9]} for model in models]
+    values = [
+        {"weight": (0.6, 0.4), "density": (d, d), "granularity": g} for d in (0.2, 0.5) for g in ("model", "tensor")
+    ]
+    planned = [plan_of("ties", given, {"a": base, "b": base[:9]}, values=one, out=F32) for one in values]
+    plans, sources = [plan for plan, _ in planned], planned[0][1]
+    sinks = [Memory(plan.entries) for plan in plans]
+    told: list[tuple[int, str]] = []
+    done = run_variants(plans, sources, sinks, on_tensor=lambda number, result: told.append((number, result.name)))
+    assert sorted(told) == [(number, name) for number in range(4) for name in "ab"]
+    assert done.bytes_read == bytes_together(plans)
+    for plan, sink in zip(plans, sinks, strict=True):
+        expected = alone(plan, sources)
+        assert isinstance(expected, Memory)
+        assert all(np.array_equal(expected.data[name], sink.data[name]) for name in "ab")
+
+
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize("tile", [1 << 16, 1 << 18])
 def test_threads_and_tiles_do_not_show(workers: int, tile: int) -> None:

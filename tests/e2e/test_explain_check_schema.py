@@ -46,10 +46,11 @@ def test_a_gradient_of_a_case(here: Path) -> None:
     lines = explain("slerp-gradients-per-filter", "model.layers.1.self_attn.q_proj.weight")
     assert lines == [
         "model.layers.1.self_attn.q_proj.weight  [32, 32] bfloat16",
-        "  slerp(tiny-code, base tiny-chat)  t=0.433333",
+        "  slerp(tiny-code, base tiny-chat)  t=0.433333  granularity=tensor",
         "  input  tiny-code  model.layers.1.self_attn.q_proj.weight [32, 32] float32",
         "  base   tiny-chat  model.layers.1.self_attn.q_proj.weight [32, 32] float32",
         "  t = 0.433333  recipe, filter: self_attn, gradient [0, 0.5, 0.3, 0.7, 1] at 0.3333 -> 0.433333",
+        "  granularity = tensor  the default",
     ]
 
 
@@ -229,7 +230,9 @@ def test_every_number_of_every_tensor(path: Path, here: Path) -> None:
         wanted = expected_values(tree, entry, layers)
         assert set(entry["values"]) == set(wanted), entry["name"]
         for name, value in wanted.items():
-            assert entry["values"][name] == pytest.approx(value, rel=1e-12), f"{entry['name']}: {name}"
+            assert entry["values"][name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-12)), (
+                f"{entry['name']}: {name}"
+            )
 
 
 @pytest.mark.parametrize("stem", ["slerp-gradients-per-filter", "match-globs", "normalize-at-several-levels"])

@@ -44,12 +44,14 @@ def geometric_median(
     row_wise: bool = False,
     max_iter: int = 100,
     tol: float = 1e-9,
+    granularity: str = "tensor",
 ) -> Array:
     """argmin_z sum_i w_i |z - x_i| by Weiszfeld's steps, for the tensor or for each row along the last dimension.
 
     A distance counts as 1e-6 of the largest distance between two models at least. ValueError for negative weights, and
     where all are 0.
     """
+    row_wise = row_wise or granularity == "row"
     x = models64(models)
     w = np.asarray(per_model(weight, 1.0, len(x), "weight"))
     if w.min() < 0 or w.sum() == 0:

@@ -44,8 +44,10 @@ def localize(
     density: Sequence[float] | None = None,
     row_wise: bool = False,
     lambda_: float = 1.0,
+    granularity: str = "tensor",
 ) -> Array:
     """b + lambda times the mean, at each entry, of those d_i that are among their model's largest and not 0."""
+    row_wise = row_wise or granularity == "row"
     d = deltas64(models, base, "localize")
     rho = per_model(density, 0.05, len(d), "density")
     masks = [largest(np.abs(d[i]), rho[i], row_wise=row_wise, keep=keep, model_index=i) for i in range(len(d))]
@@ -86,12 +88,14 @@ def pcb(
     density: Sequence[float] | None = None,
     row_wise: bool = False,
     lambda_: float = 1.0,
+    granularity: str = "tensor",
 ) -> Array:
     """b + lambda sum_i beta_i d_i / sum_i beta_i, beta_i = softmax(n norm(d_i d_i)) sum_j softmax(norm(d_i d_j)).
 
     Only the largest beta_i of each model count. norm maps least to 0 and largest to 1 (all to 0 where they are equal),
     over the tensor or over each row, as softmax does.
     """
+    row_wise = row_wise or granularity == "row"
     d = deltas64(models, base, "pcb")
     b = tensor64(base, "pcb")
     n = len(d)

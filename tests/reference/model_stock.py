@@ -10,13 +10,16 @@ from reference.inputs import Array, Base, Models, deltas64, models64, rows, tens
 from reference.keep import Keep
 
 
-def model_stock(models: Models, base: Base, *, keep: Keep | None = None, filter_wise: bool = False) -> Array:
+def model_stock(
+    models: Models, base: Base, *, keep: Keep | None = None, filter_wise: bool = False, granularity: str = "tensor"
+) -> Array:
     """t mean_i(x_i) + (1 - t) b; t = n cos / (1 + (n - 1) cos), cos = mean over all pairs of cos(d_i, d_j).
 
     One cos per tensor, or per row along the last dimension if `filter_wise` (a 1-d tensor is one row). The
     product of two norms is at least 1e-6, so a zero delta has cos 0. t is not clamped, and 0 where |1 + (n -
     1) cos| < 1e-6. ValueError unless two models or more.
     """
+    filter_wise = filter_wise or granularity == "row"
     d = deltas64(models, base, "model_stock")
     n = len(d)
     if n < 2:

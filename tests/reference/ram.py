@@ -24,6 +24,7 @@ def ramplus_tl(
     r: float = 0.1,
     alpha: float = 0.2,
     epsilon: float = 1e-5,
+    granularity: str = "tensor",
 ) -> Array:
     """ram, with what only model i touched times 1 + r clamp(shared_i / max(unique_i, epsilon), 0, alpha).
 

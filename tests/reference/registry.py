@@ -4,7 +4,8 @@ Each is `f(models, base, *, keep=None, **parameters) -> float64 array` of the te
 float32 arrays of one shape, the base not among them; `keep` decides what is left to chance (see
 `reference.keep`). Per-model parameters (weight, density, gamma, della's epsilon, passthrough's scale) are
 lists with one number per model; all others are plain values. Parameters have the names of the recipe
-language, except `lambda`, a Python keyword: it is `lambda_` here.
+language, except `lambda`, a Python keyword: it is `lambda_` here. With granularity "model" the tensors given are
+whole models, each as one vector (`reference.whole` makes them): a reference sees no difference to "tensor".
 """
 
 from __future__ import annotations

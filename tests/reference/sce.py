@@ -17,6 +17,7 @@ def sce(
     keep: Keep | None = None,
     select_topk: float = 1.0,
     int8_mask: bool = False,
+    granularity: str = "tensor",
 ) -> Array:
     """b + sum c_i d_i [agree] / sum c_i [agree], over the kept d; 0 added where nothing agrees.
 

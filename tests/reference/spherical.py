@@ -11,7 +11,9 @@ from reference.inputs import Array, Base, Models, deltas64, models64, only, per_
 from reference.keep import Keep
 
 
-def slerp(models: Models, base: Base = None, *, keep: Keep | None = None, t: float) -> Array:
+def slerp(
+    models: Models, base: Base = None, *, keep: Keep | None = None, t: float, granularity: str = "tensor"
+) -> Array:
     """Spherical interpolation from the base (t = 0) to the model (t = 1), one angle for the flattened tensor.
 
     cos = (b/|b|).(x/|x|), a norm <= 1e-8 counting as 1;
@@ -32,6 +34,7 @@ def nuslerp(
     weight: Sequence[float],
     nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
+    granularity: str = "tensor",
 ) -> Array:
     """Spherical interpolation of two models, or of their deltas when there is a base, at t = w_2 / (w_1 + w_2).
 
@@ -68,6 +71,7 @@ def multislerp(
     weight: Sequence[float],
     normalize_weights: bool = True,
     eps: float = 1e-8,
+    granularity: str = "tensor",
 ) -> Array:
     """Weighted mean on the sphere by one step through the tangent space at the weighted arithmetic mean.
 
@@ -101,7 +105,13 @@ def multislerp(
 
 
 def karcher(
-    models: Models, base: Base = None, *, keep: Keep | None = None, max_iter: int = 10, tol: float = 1e-5
+    models: Models,
+    base: Base = None,
+    *,
+    keep: Keep | None = None,
+    max_iter: int = 10,
+    tol: float = 1e-5,
+    granularity: str = "tensor",
 ) -> Array:
     """Riemannian mean of the directions on the sphere, equal weights, times the mean norm of all inputs.
 

@@ -56,6 +56,25 @@ def band(delta: Array, density: float, gamma: float, *, keep: Keep | None, model
     return np.where(kept, delta, 0.0)
 
 
+class _OfRow:
+    """The random decisions of one row of a tensor."""
+
+    def __init__(self, keep: Keep | None, shape: tuple[int, ...], row: int) -> None:
+        self._keep, self._shape, self._row = keep, shape, row
+
+    def uniform(self, model_index: int, shape: tuple[int, ...], /) -> Array:
+        return rows(uniform(self._keep, model_index, self._shape))[self._row].reshape(shape)
+
+
+def _band_of_rows(delta: Array, density: float, gamma: float, *, keep: Keep | None, model_index: int) -> Array:
+    """`band` of each row along the last dimension."""
+    kept = [
+        band(row, density, gamma, keep=_OfRow(keep, delta.shape, number), model_index=model_index)
+        for number, row in enumerate(rows(delta))
+    ]
+    return np.asarray(kept).reshape(delta.shape)
+
+
 def drop(delta: Array, density: float, *, keep: Keep | None, model_index: int) -> Array:
     """Keep each entry where uniform < density."""
     if density >= 1.0:
@@ -165,6 +184,7 @@ def ties(
     rescale: Rescale = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
+    granularity: str = "tensor",
 ) -> Array:
     """b + lambda election(trimmed deltas)."""
     d = deltas64(models, base, "ties")
@@ -220,9 +240,10 @@ def breadcrumbs(
     rescale: Rescale = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
+    granularity: str = "tensor",
 ) -> Array:
     """b + lambda weighted_sum(deltas without their largest and smallest entries)."""
-    kept, w = _banded(models, base, keep, weight, density, gamma, rescale)
+    kept, w = _banded(models, base, keep, weight, density, gamma, rescale, granularity)
     return np.asarray(tensor64(base, "breadcrumbs") + lambda_ * weighted_sum(kept, w, normalize=normalize))
 
 
@@ -238,9 +259,10 @@ def breadcrumbs_ties(
     rescale: Rescale = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
+    granularity: str = "tensor",
 ) -> Array:
     """b + lambda election(deltas without their largest and smallest entries)."""
-    kept, w = _banded(models, base, keep, weight, density, gamma, rescale)
+    kept, w = _banded(models, base, keep, weight, density, gamma, rescale, granularity)
     return np.asarray(tensor64(base, "breadcrumbs_ties") + lambda_ * election(kept, w, normalize=normalize))
 
 
@@ -304,11 +326,13 @@ def _banded(
     density: Sequence[float] | None,
     gamma: Sequence[float] | None,
     rescale: Rescale,
+    granularity: str,
 ) -> tuple[Array, list[float]]:
-    """Breadcrumbs' kept deltas [n, *shape] and the weights."""
+    """Breadcrumbs' kept deltas [n, *shape] and the weights; a band of each row with granularity "row"."""
     d = deltas64(models, base, "breadcrumbs")
     rho, top = per_model(density, 1.0, len(d), "density"), per_model(gamma, 0.01, len(d), "gamma")
-    kept = [band(d[i], rho[i], top[i], keep=keep, model_index=i) for i in range(len(d))]
+    cut = _band_of_rows if granularity == "row" else band
+    kept = [cut(d[i], rho[i], top[i], keep=keep, model_index=i) for i in range(len(d))]
     kept = [rescaled(kept[i], d[i], rho[i], rescale) for i in range(len(d))]
     return np.stack(kept), per_model(weight, 1.0, len(d), "weight")
 

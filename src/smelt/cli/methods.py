@@ -59,6 +59,8 @@ def page(info: api.MethodInfo) -> str:
 
 def kind_text(field: Field) -> str:
     """A field's type and range in words: `float in [0, 1], per model`."""
+    if field.kind == "word":
+        return " or ".join(field.words)
     text = field.kind + "".join(f" or {word}" for word in field.words)
     if field.within is not None:
         text += f" in {field.within.text}"
@@ -69,7 +71,7 @@ def default_text(field: Field) -> str:
     """A field's default as a recipe writes it."""
     if field.is_required:
         return "required"
-    return str(field.default).lower() if isinstance(field.default, bool) else f"{field.default:g}"
+    return str(field.default).lower() if isinstance(field.default, bool | str) else f"{field.default:g}"
 
 
 def _as_json(info: api.MethodInfo) -> dict[str, Any]:

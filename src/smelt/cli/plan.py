@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from smelt.cli.nested import models_of_steps, of_steps, steps_json, within
 from smelt.cli.options import Allow, Flag, Json, Seed
 from smelt.cli.show import count_text, counted, on_device, parse_size, size_text, table, visible
 from smelt.engine.backends import CPU
 from smelt.engine.forecast import FLOPS
+from smelt.engine.whole import passes_of
 from smelt.errors import RecipeError, nearest
 from smelt.merging import prepare
 from smelt.methods.api import Cost
-from smelt.planning.entries import PlannedModel
+from smelt.planning.entries import Entry, Plan, PlannedModel
 from smelt.planning.explain import explanation, explanation_json, groups, plan_json, recipe_of
+from smelt.planning.whole import Group, is_whole
+from smelt.planning.whole import groups as whole_groups
 from smelt.prepared import Prepared
 
 
@@ -93,6 +97,8 @@ def plan(
                 "threads": prepared.forecast.workers,
                 "work_seconds": prepared.forecast.seconds,
             }
+            if whole := whole_groups(prepared.plan.entries, tied=prepared.plan.tied):
+                tree["whole"] = [_whole_json(group) for group in whole]
             if prepared.forecast.device != CPU:
                 tree["forecast"]["device"] = prepared.forecast.device
                 tree["forecast"]["device_memory"] = prepared.forecast.device_memory
@@ -123,9 +129,21 @@ def _explained(prepared: Prepared, wanted: str, *, as_json: bool = False) -> str
         return json.dumps([explanation_json(entry, prepared.plan) for entry in entries], indent=1)
     parts = []
     for entry in entries:
-        parts.append(explanation(entry, prepared.plan))
-        parts += [f"in the merge {name}: {explanation(one, plan)}" for name, one, plan in within(entry, prepared)]
+        parts.append(explanation(entry, prepared.plan) + _found_over(entry, prepared.plan))
+        parts += [
+            f"in the merge {name}: {explanation(one, plan)}{_found_over(one, plan)}"
+            for name, one, plan in within(entry, prepared)
+        ]
     return "\n\n".join(parts)
+
+
+def _found_over(entry: Entry, plan: Plan) -> str:
+    """A line more for a tensor whose method looks at the whole model first; else nothing."""
+    for group in whole_groups(plan.entries, tied=plan.tied) if is_whole(entry) else ():
+        if any(one is entry for one in group.entries):
+            found = f"{counted(len(group.counted), 'tensor')}, {count_text(group.size)} parameters"
+            return f"\n  merged with what {entry.method} finds over the whole model: {found}"
+    return ""
 
 
 def _text(prepared: Prepared) -> str:
@@ -158,6 +176,13 @@ def _text(prepared: Prepared) -> str:
         f"reads {size_text(forecast.bytes_read)}, writes {size_text(forecast.bytes_written)}, "
         f"at most about {size_text(forecast.memory)} of memory with {forecast.workers} threads{where}"
     )
+    for group in whole_groups(plan.entries, tied=plan.tied):
+        if passes := passes_of(group):
+            found = f"{counted(len(group.counted), 'tensor')}, {count_text(group.size)} parameters"
+            often = (
+                "1 pass over them first, which reads" if passes == 1 else f"{passes} passes over them first, which read"
+            )
+            lines.append(f"granularity model: {found} as one, {often} {size_text(passes * group.input_bytes)}")
     if forecast.work:
         flops = sum(cost.flops for cost in forecast.work.values())
         there = "" if forecast.device == CPU else " on the CPU"
@@ -176,6 +201,18 @@ def _work_text(cost: Cost | None) -> str:
     if cost is None:
         return ""
     return f", {_flops_text(cost.flops)}, {cost.flops / FLOPS:.2g} s, {size_text(cost.bytes)}"
+
+
+def _whole_json(group: Group) -> dict[str, Any]:
+    """Tensors over which reductions go together."""
+    passes = passes_of(group)
+    return {
+        "tensors": [entry.name for entry in group.entries],
+        "counted": len(group.counted),
+        "parameters": group.size,
+        "passes": passes,
+        "bytes_read": passes * group.input_bytes,
+    }
 
 
 def _work_json(cost: Cost) -> dict[str, float]:

@@ -13,10 +13,12 @@ from smelt.engine.reducing import bind, schedule
 from smelt.engine.run import KEEP_BYTES, worth_kernels
 from smelt.engine.steps import remembered_bytes
 from smelt.engine.tiles import BLOCK, TASK, Geometry
+from smelt.engine.whole import result_bytes
 from smelt.errors import RecipeError
 from smelt.methods.api import Cost
 from smelt.methods.selection import KthLargest
 from smelt.planning.entries import Action, Entry, Plan
+from smelt.planning.whole import groups, is_whole
 from smelt.storage.files import size_text
 
 INTERPRETER = 120 << 20
@@ -127,10 +129,16 @@ class _Costs:
         self.plan = plan
         self.device = device
         self.passes = {entry.name: passes(entry) for entry in plan.entries}
+        self._groups = groups(plan.entries, tied=plan.tied)
+        counted = {entry.name for group in self._groups for entry in group.counted}
+        for group in self._groups:  # what counts for another tensor is read to be merged, and no more
+            self.passes |= {entry.name: 1 for entry in group.entries if entry.name not in counted}
+        self._swept = sum(e.input_bytes * self.passes[e.name] for group in self._groups for e in group.entries)
         streams = merges is None or not merges.plans
         self._inputs = [
             (entry.input_bytes, self.passes[entry.name], _streamed(entry, in_files) if streams else 0)
             for entry in plan.entries
+            if not is_whole(entry)
         ]
         self._written = plan.output_bytes
         self._largest: dict[int, tuple[int, int, int]] = {}
@@ -144,12 +152,12 @@ class _Costs:
     def with_settings(self, *, workers: int, tile: int, keep_bytes: int, kernels: bool) -> Forecast:
         stored, worked, largest = self._buffers(tile)
         streams = kernels and self.device == CPU
-        kept = read = 0
+        kept, read = 0, self._swept
         for size, count, streamed in self._inputs:
             again = streamed if streams and streamed else 1 if size <= keep_bytes else count
             read += size * again
             kept += size if count > again else 0
-        memory = INTERPRETER + PER_ENTRY * len(self._inputs) + min(kept, keep_bytes)
+        memory = INTERPRETER + PER_ENTRY * len(self.plan.entries) + min(kept, keep_bytes) + self._results(workers)
         settings = (workers, tile, keep_bytes, kernels)
         if self.device != CPU:  # stored bytes of a task are on the host, those of a tile on the device as well
             memory += TORCH + workers * stored
@@ -168,6 +176,10 @@ class _Costs:
             found = Forecast(read, self._written, self.passes, memory, *settings, work=self._work)
         return self._with_merges(found) if self._each else found
 
+    def _results(self, workers: int) -> int:
+        """Bytes of what reductions over the whole model find."""
+        return sum(result_bytes(group, workers) for group in self._groups)
+
     def _with_merges(self, found: Forecast) -> Forecast:
         """The forecast of the output's own plan, and what the merges within it add."""
         merges, keep = self._merges, found.keep_bytes
@@ -184,12 +196,13 @@ class _Costs:
         each_worker = _levels(self.plan, merges.plans) * buffers + shared
         entries = sum(len(one.entries) for one in merges.plans.values())
         lasting = keep if any(count > 1 for one in apart for count in one.passes.values()) else 0
+        whole = sum(each._results(found.workers) for each in self._each.values())
         work = {f"{name}: {tensor}": cost for name in merges.worked for tensor, cost in self._each[name]._work.items()}
         return replace(
             found,
             bytes_read=self._read[keep],
             bytes_written=found.bytes_written + sum(one.output_bytes for one in merges.written),
-            memory=found.memory + PER_ENTRY * entries + found.workers * each_worker + lasting,
+            memory=found.memory + PER_ENTRY * entries + found.workers * each_worker + lasting + whole,
             work=found.work | work,
             apart_read=found.bytes_read + sum(one.bytes_read for one in apart),
             apart_written=found.bytes_written + sum(one.bytes_written for one in apart),
@@ -294,7 +307,8 @@ def _stored_bytes(entry: Entry, plan: Plan, steps: Mapping[str, Plan], keep_byte
     """Bytes of stored models that one tensor of the output costs, through all merges that it is made of.
 
     What is read range by range together is read once, however many merges use it; passes that a merge makes for
-    itself, for its reductions, are its own.
+    itself, for its reductions, are its own. Passes over a whole model keep nothing, so that what a tensor is made of is
+    worked out again in each of them.
     """
     sizes: dict[_Tensor, int] = {}
     entries = {(name, one.name): one for name, step in steps.items() for one in step.entries}
@@ -307,15 +321,17 @@ def _stored_bytes(entry: Entry, plan: Plan, steps: Mapping[str, Plan], keep_byte
         own: Counter[_Tensor] = Counter()
         together: set[_Tensor] = set()
         rounds = passes(one) - 1
-        keeps = rounds > 0 and one.input_bytes <= room  # the outermost ask first
+        whole = is_whole(one)
+        keeps = rounds > 0 and not whole and one.input_bytes <= room  # the outermost ask first
         room -= one.input_bytes if keeps else 0
         more = 1 if keeps else rounds + times
         for source in one.sources:
             key = (of.models[source.model].published, source.tensor.name)
             if key in entries:
                 if key not in seen:
-                    inner, seen[key] = reads(entries[key], steps[key[0]], more)
-                    own += inner
+                    inner, seen[key] = reads(entries[key], steps[key[0]], 1 if whole else more)
+                    again = rounds if whole and not is_whole(entries[key]) else 0
+                    own += Counter({tensor: count * (1 + again) for tensor, count in inner.items()})
                 together |= seen[key]
             else:
                 sizes[key] = source.tensor.nbytes

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from smelt.engine.tiles import Geometry
@@ -64,6 +65,17 @@ class Running:
         """The folded result of the round, when every block has come."""
         assert not self._waiting
         return self._sum
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor's part in reductions over its whole model: `results` are those known by now, with `size`.
+
+    In a pass of such reductions the tensor adds to `running`, and is done; in none it is merged with the results.
+    """
+
+    results: Mapping[str, Any]
+    running: tuple[Running, ...] = ()
 
 
 def _slice(values: Any, first: int, last: int, axis: int) -> Any:

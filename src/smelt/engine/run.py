@@ -1,4 +1,4 @@
-"""The loop: for tensor, for pass, for task.
+"""The loop: for tensor, for pass, for task; where reductions go over the whole model, one such loop before for each.
 
 Workers take the earliest task there is; where none is ready, one opens the next tensor of the plan. A tensor of a
 single task stays with its worker through all its passes. So big tensors are worked on by all, small ones each by one,
@@ -11,9 +11,9 @@ import heapq
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import array_api_compat.numpy  # noqa: F401 - array_namespace would import it in some worker, at a bad moment
@@ -26,9 +26,10 @@ from smelt.engine.inputs import Readable
 from smelt.engine.kernels import DEFINITIONS, Kernels, fused
 from smelt.engine.memory import Budget
 from smelt.engine.reducing import bind
-from smelt.engine.steps import Stopped, Workshop, steps_among
+from smelt.engine.steps import StepSource, Stopped, Workshop, steps_among
 from smelt.engine.tensor import Settings, Sink, TensorResult, TensorRun
 from smelt.engine.tiles import Scratch
+from smelt.engine.whole import Parts, Shown, Sweep, reduced
 from smelt.errors import InputError, SmeltError, StorageError, raise_all
 from smelt.methods import api
 from smelt.planning.entries import Action, Entry, Input, Plan
@@ -120,6 +121,7 @@ def run(
     on_tensor: OnTensor | None = None,
     units: Units | None = None,
     progress: Progress | None = None,
+    whole: Parts | None = None,
 ) -> RunResult:
     """Carry out a plan: read `sources` (one per model of the plan), write every tensor into `sink`.
 
@@ -128,11 +130,11 @@ def run(
     that tensors may keep between their passes). `backend` is where methods work. Copied tensors that are in `known` are
     moved unread. Sources may be merges of their own (`engine.steps`), which work with the same settings. `done` are
     results of tensors that are in the sink already; `on_tensor` is told of each other one when it is written. `units`
-    stand in for what is done for the plan's entries (`engine.variants`). Raises the first error of any worker;
-    KeyboardInterrupt stops the workers and is passed on.
+    stand in for what is done for the plan's entries (`engine.variants`). `whole` are the results of reductions over the
+    whole model (`whole_results`), which are worked out first if they are not given. Raises the first error of any
+    worker; KeyboardInterrupt stops the workers and is passed on.
     """
-    within = steps_among(sources)
-    plans = [plan, *(step.plan for step in within if step.computed)]
+    plans = _plans(plan, sources)
     if backend.kernels is not None:
         chosen = backend.kernels
     else:
@@ -147,11 +149,9 @@ def run(
         backend=backend,
     )
     started = time.perf_counter()
-    budget = Budget(settings.keep_bytes, settings.backend.empty)
-    with ExitStack() as stack:
-        if uses_linear_algebra(*plans):
-            stack.enter_context(single_threaded())
-        workshop = stack.enter_context(Workshop.open(sources, settings, budget)) if within else None
+    with _opened(plan, sources, settings) as (workshop, budget):
+        shown = Shown(progress, plan, done or {}, reduced=whole is not None)
+        parts = _whole(plan, sources, settings, budget, workshop, done=done or {}, shown=shown, given=whole)
         crew = _Crew(
             plan,
             sources,
@@ -162,11 +162,77 @@ def run(
             on_tensor=on_tensor,
             budget=budget,
             workshop=workshop,
+            parts=parts,
             units=units,
         )
-        crew.work(progress)
-    read = crew.read if workshop is None else workshop.bytes_read
+        crew.work(shown.of_loop())
+    read = shown.read + crew.read if workshop is None else workshop.bytes_read
     return RunResult(tuple(crew.results()), time.perf_counter() - started, read, crew.written)
+
+
+def whole_results(plan: Plan, sources: Sequence[TensorSource]) -> Parts:
+    """What reductions over the whole model give for a plan, by the array definitions."""
+    settings = Settings(workers=default_workers(), tile=default_tile(HOST.name), seed=plan.seed, keep_bytes=KEEP_BYTES)
+    with _opened(plan, sources, settings) as (workshop, budget):
+        return _whole(plan, sources, settings, budget, workshop, done={}, shown=Shown(None, plan, {}))
+
+
+@contextmanager
+def _opened(
+    plan: Plan, sources: Sequence[TensorSource], settings: Settings
+) -> Iterator[tuple[Workshop | None, Budget]]:
+    """What is shared by all that a run does, until the context ends."""
+    budget = Budget(settings.keep_bytes, settings.backend.empty)
+    with ExitStack() as stack:
+        if uses_linear_algebra(*_plans(plan, sources)):
+            stack.enter_context(single_threaded())
+        within = any(isinstance(source, StepSource) for source in sources)
+        yield stack.enter_context(Workshop.open(sources, settings, budget)) if within else None, budget
+
+
+def _plans(plan: Plan, sources: Sequence[TensorSource]) -> list[Plan]:
+    """The plan, and those of the merges within that are computed."""
+    return [plan, *(step.plan for step in steps_among(sources) if step.computed)]
+
+
+def _whole(
+    plan: Plan,
+    sources: Sequence[TensorSource],
+    settings: Settings,
+    budget: Budget,
+    workshop: Workshop | None,
+    *,
+    done: Mapping[str, TensorResult],
+    shown: Shown,
+    given: Parts | None = None,
+) -> Parts:
+    """Make the reductions over whole models: first those of merges within, then the plan's own if none are given."""
+    for source in sources:
+        if isinstance(source, StepSource) and source.computed and not source.has_whole(settings.backend.name):
+            its = source.settings
+            found = _whole(source.plan, source.sources, its, budget, workshop, done={}, shown=shown)
+            source.take_whole(found, settings.backend.name)
+
+    def carry_out(sweep: Sweep) -> None:
+        crew = _Crew(
+            replace(plan, entries=sweep.entries),
+            sources,
+            None,
+            settings,
+            known={},
+            done={},
+            on_tensor=None,
+            budget=budget,
+            workshop=workshop,
+            parts={},
+            sweep=sweep,
+        )
+        crew.work(shown.of_loop())
+        shown.read += crew.read
+        if workshop is not None:
+            workshop.go_on()
+
+    return reduced(plan, carry_out, done=done) if given is None else given
 
 
 def worth_kernels(*plans: Plan) -> bool:
@@ -205,7 +271,7 @@ class _Crew:
         self,
         plan: Plan,
         sources: Sequence[TensorSource],
-        sink: Sink,
+        sink: Sink | None,
         settings: Settings,
         *,
         known: Mapping[str, Known],
@@ -213,10 +279,14 @@ class _Crew:
         on_tensor: OnTensor | None,
         budget: Budget,
         workshop: Workshop | None,
-        units: Units | None,
+        parts: Parts,
+        sweep: Sweep | None = None,
+        units: Units | None = None,
     ) -> None:
         self._plan = plan
         self._units = units
+        self._parts = parts
+        self._sweep = sweep
         self._known = known
         self._sources = sources
         self._workshop = workshop
@@ -235,7 +305,9 @@ class _Crew:
         self._failures: dict[int, BaseException] = {}
         self._stop = False
         self._lost = False
-        self._expected = sum(entry.input_bytes + entry.nbytes for entry in plan.entries if entry.name not in done)
+        written = 0 if sink is None else 1
+        left = [entry for entry in plan.entries if entry.name not in done]
+        self._expected = sum(entry.input_bytes + written * entry.nbytes for entry in left)
         if units is not None:
             self._expected = units.moved
         self.read = self.written = 0
@@ -353,8 +425,11 @@ class _Crew:
                 self._queue(index, tensor, 0)
 
     def _finished(self, tensor: Unit) -> TensorResult:
-        """The result of a tensor that is written, of which is told."""
+        """The result of a tensor that is done; of what is written is told."""
         result = tensor.result()
+        if self._sweep is not None:
+            assert isinstance(tensor, TensorRun)
+            self._sweep.take(tensor.entry, tensor.totals())
         if self._on_tensor is not None:
             self._on_tensor(result)
         return result
@@ -364,8 +439,10 @@ class _Crew:
             return self._units.make(index, self._readers, self._settings, self._budget)
         entry = self._plan.entries[index]
         if entry.action is Action.MERGE:
-            return TensorRun(entry, self._readers, self._sink, settings=self._settings, budget=self._budget)
+            part = self._parts.get(entry.name) if self._sweep is None else self._sweep.part(entry)
+            return TensorRun(entry, self._readers, self._sink, settings=self._settings, budget=self._budget, part=part)
         known = self._known.get(entry.name)
+        assert self._sink is not None
         return CopyRun(entry, self._readers, self._sink, settings=self._settings, known=known)
 
     def _count(self, read: int, written: int) -> None:

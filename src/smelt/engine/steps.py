@@ -20,9 +20,12 @@ import numpy as np
 from smelt.engine.backends import HOST, default_tile
 from smelt.engine.inputs import Readable
 from smelt.engine.memory import Budget
+from smelt.engine.reducing import Part
 from smelt.engine.tensor import Settings, TensorRun
 from smelt.engine.tiles import TASK, Scratch
+from smelt.engine.whole import Parts, Sweep, one_by_one, reduced
 from smelt.planning.entries import Action, Entry, Plan
+from smelt.planning.whole import is_whole
 from smelt.specs import TensorSpec
 from smelt.storage.checkpoint import FileInfo, TensorSource, check_range, decode_json, decode_text
 from smelt.storage.files import Buffer
@@ -67,6 +70,7 @@ class StepSource:
         self._workshop: Workshop | None = None
         self._readers: list[Readable] = []
         self._settings: Settings | None = None
+        self._whole: tuple[str, Parts] | None = None
         self._held: Counter[str] = Counter()
         self._made: dict[str, _Made] = {}
         self._lock = threading.Lock()
@@ -97,6 +101,28 @@ class StepSource:
             self._readers[source.model].read_into(source.tensor, start, stop, buffer)
         else:
             self._of(entry).read_into(start, stop, buffer)
+
+    @property
+    def settings(self) -> Settings:
+        """What it works with in the present run."""
+        assert self._settings is not None
+        return self._settings
+
+    def has_whole(self, device: str) -> bool:
+        """Whether the reductions over its whole model are done, on this device; they last from run to run."""
+        return self._whole is not None and self._whole[0] == device
+
+    def take_whole(self, parts: Parts, device: str) -> None:
+        """Take what the reductions over its whole model have given."""
+        self._whole = (device, parts)
+
+    def _make_whole(self) -> None:
+        """Make them where no run has: with no threads, when the first tensor is read that needs them."""
+
+        def carry_out(sweep: Sweep) -> None:
+            one_by_one(sweep, self._readers, settings=self.settings)
+
+        self.take_whole(reduced(self.plan, carry_out), self.settings.backend.name)
 
     def hold(self, name: str) -> None:
         """Keep what is found out about a tensor until `drop` has been called as often."""
@@ -130,9 +156,15 @@ class StepSource:
         with self._lock:
             if entry.name not in self._made:
                 assert self._workshop is not None
-                assert self._settings is not None
-                self._made[entry.name] = _Made(entry, self._readers, self._workshop, self._settings)
+                part = self._part(entry) if is_whole(entry) else None
+                self._made[entry.name] = _Made(entry, self._readers, self._workshop, self.settings, part)
             return self._made[entry.name]
+
+    def _part(self, entry: Entry) -> Part:
+        if not self.has_whole(self.settings.backend.name):
+            self._make_whole()
+        assert self._whole is not None
+        return self._whole[1][entry.name]
 
     def enter(self, workshop: Workshop, settings: Settings) -> None:
         """Work within a run from now on."""
@@ -179,9 +211,16 @@ def _alone(seed: int) -> Settings:
 class _Made:
     """One tensor of a merge within the recipe: its reductions, shared out among those who need them; then its parts."""
 
-    def __init__(self, entry: Entry, sources: Sequence[Readable], workshop: Workshop, settings: Settings) -> None:
+    def __init__(
+        self,
+        entry: Entry,
+        sources: Sequence[Readable],
+        workshop: Workshop,
+        settings: Settings,
+        part: Part | None,
+    ) -> None:
         self._workshop = workshop
-        self._run = TensorRun(entry, sources, None, settings=settings, budget=workshop.budget)
+        self._run = TensorRun(entry, sources, None, settings=settings, budget=workshop.budget, part=part)
         self._size = entry.dtype.bits // 8
         self._unit = max(self._run.geometry.width, 1)
         """Elements between two places where the grain allows a cut; the whole tensor where there is no other."""
@@ -348,6 +387,10 @@ class Workshop:
     def stop(self) -> None:
         """Make all threads raise Stopped as soon as they look."""
         self._stopped = True
+
+    def go_on(self) -> None:
+        """Let threads work again: those of a loop that came to its end were told to stop."""
+        self._stopped = False
 
     def look(self) -> None:
         """Raise Stopped if the run is to stop."""

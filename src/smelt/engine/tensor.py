@@ -23,7 +23,7 @@ from smelt.engine.given import Given
 from smelt.engine.inputs import Inputs, Readable, Stored
 from smelt.engine.kernels import DEFINITIONS, Kernels
 from smelt.engine.memory import Budget, TensorMemory
-from smelt.engine.reducing import Running, bind, startable
+from smelt.engine.reducing import Part, Running, bind, startable
 from smelt.engine.rng import key
 from smelt.engine.sharing import Group, Share
 from smelt.engine.tiles import Geometry, Scratch
@@ -91,7 +91,8 @@ class TensorRun:
     """The work of one entry that is merged. `task` may be called from any thread, `begin` and `end_pass` by one.
 
     Without a sink nothing is written: when the reductions are done, any thread may ask `produce` for any part. In a
-    `group` it is one of several variants of the tensor, which read together and share what reductions they can.
+    `group` it is one of several variants of the tensor, which read together and share what reductions they can. With a
+    `part` its reductions go over the whole model, and it makes none of its own.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class TensorRun:
         settings: Settings,
         budget: Budget,
         group: Group | None = None,
+        part: Part | None = None,
     ) -> None:
         self.entry = entry
         self._sources = sources
@@ -120,8 +122,10 @@ class TensorRun:
         self.geometry = Geometry.of(entry.shape, self._method.grain, tile=settings.tile)
         inputs = [(sources[source.model], source.tensor) for source in entry.sources]
         self._inputs = Inputs(inputs) if group is None else group.inputs
-        self._waiting = list(self._method.active())
-        self._running: list[Running] = []
+        self._waiting = list(self._method.active()) if part is None else []
+        self._running: list[Running] = [] if part is None else list(part.running)
+        self._adding = bool(self._running)
+        self._results |= {} if part is None else part.results
         self.bytes_sampled = 0
         self._first_pass = True
         self._multiple = bool(self._waiting)
@@ -175,6 +179,9 @@ class TensorRun:
     def end_pass(self, scratch: Scratch) -> bool:
         """End the present pass and prepare the next; False when there is none."""
         self._first_pass = False
+        if self._adding:
+            self.abandon()
+            return False
         if self._stage is Stage.REDUCE:
             self._close_reductions()
             self._begin_pass(scratch)
@@ -190,6 +197,10 @@ class TensorRun:
         if self.share is None:
             self._inputs.kept = None
         self._memory.release()
+
+    def totals(self) -> list[Any]:
+        """What the tensor adds to the reductions over its model, when their pass is done."""
+        return [running.total() for running in self._running]
 
     def result(self) -> TensorResult:
         blocks = [self._digests[block] for block in sorted(self._digests)]

@@ -9,11 +9,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from smelt.engine.backends import HOST, Backend, default_tile
 from smelt.engine.copying import CopyRun
-from smelt.engine.forecast import passes
+from smelt.engine.forecast import forecast, passes
 from smelt.engine.inputs import Readable
 from smelt.engine.memory import Budget
 from smelt.engine.reducing import bind
@@ -23,6 +24,7 @@ from smelt.engine.tensor import Settings, Sink, TensorResult, TensorRun
 from smelt.engine.tiles import Geometry, Scratch
 from smelt.errors import NumericError
 from smelt.planning.entries import Action, Entry, Plan
+from smelt.planning.whole import is_whole
 from smelt.storage.checkpoint import TensorSource
 
 OnVariant = Callable[[int, TensorResult], None]
@@ -84,6 +86,15 @@ def run_variants(
     """
     backend_tile = tile or default_tile(backend.name)
     there = done or [{} for _ in plans]
+    if _go_over_models(plans):
+        settings: dict[str, Any] = {
+            "workers": workers,
+            "tile": tile,
+            "allow_nonfinite": allow_nonfinite,
+            "kernels": kernels,
+        }
+        settings |= {"backend": backend, "keep_bytes": keep_bytes}
+        return _apart(plans, sources, sinks, there, on_tensor, progress, **settings)
     units = _units(plans, there, tile=backend_tile)
     state = _State(plans, sinks, [dict(one) for one in there], on_tensor)
     memory = Known() if known is None else known
@@ -114,8 +125,49 @@ def run_variants(
     return VariantsResult(results, dict(state.failed), finished.seconds, finished.bytes_read)
 
 
+def _go_over_models(plans: Sequence[Plan]) -> bool:
+    """Whether reductions of a plan go over the whole model: their passes are not those of one tensor."""
+    return any(is_whole(entry) for plan in plans for entry in plan.entries)
+
+
+def _apart(
+    plans: Sequence[Plan],
+    sources: Sequence[TensorSource],
+    sinks: Sequence[Sink],
+    done: Sequence[Mapping[str, TensorResult]],
+    on_tensor: OnVariant | None,
+    progress: Progress | None,
+    **settings: Any,
+) -> VariantsResult:
+    """`run_variants` by one run after the other."""
+    results: list[tuple[TensorResult, ...]] = []
+    failed: dict[int, NumericError] = {}
+    seconds, read = 0.0, 0
+    for number, (plan, sink, there) in enumerate(zip(plans, sinks, done, strict=True)):
+        written = None if on_tensor is None else partial(on_tensor, number)
+        shown = None if progress is None else partial(_share, progress, number, len(plans))
+        try:
+            finished = run(plan, sources, sink, done=there, on_tensor=written, progress=shown, **settings)
+        except NumericError as error:
+            failed[number] = error
+            results.append(())
+            continue
+        results.append(finished.tensors)
+        seconds, read = seconds + finished.seconds, read + finished.bytes_read
+    if len(failed) == len(plans):
+        raise failed[0]
+    return VariantsResult(tuple(results), failed, seconds, read)
+
+
+def _share(progress: Progress, number: int, count: int, done: int, total: int) -> None:
+    """Show one of several runs that are alike as a part of all."""
+    progress(number * total + done, count * total)
+
+
 def bytes_together(plans: Sequence[Plan], *, tile: int | None = None, keep_bytes: int = KEEP_BYTES) -> int:
     """Bytes that these plans read in one run; of merges within the recipe what they give is counted."""
+    if _go_over_models(plans):
+        return sum(forecast(plan, tile=tile, keep_bytes=keep_bytes).bytes_read for plan in plans)
     read = 0
     for unit in _units(plans, [{} for _ in plans], tile=tile or default_tile(HOST.name)):
         size = unit.entry.input_bytes

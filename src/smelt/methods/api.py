@@ -9,11 +9,14 @@ A method never sees a device, a file, a thread or a vocabulary. The names of its
 | `deltas` | x − base, float32 [n, ...] |
 | `vectors` | the deltas where there is a base, else the models' values |
 | `uniform` | random numbers in [0, 1), float32 [n, ...], a function of (seed, tensor, model, element) alone |
-| `size` | the number of elements of the whole tensor |
+| `size` | the number of elements of the whole tensor; of all tensors where reductions go over the whole model |
 | a reduction's or derived value's name | its result |
 
 Tiles are [n, t] for Grain.ELEMENT, [n, r, last] for ROW, [n, r, rest] for SLAB, [n, *shape] for TENSOR. Asking for
 `base` or `deltas` makes a base model mandatory.
+
+A parameter `granularity` with the word `model` among its words lets the recipe choose: where it has this value, each
+reduction goes over all tensors of the model that have it, before any of them is merged.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
-from smelt.methods.fields import Field, per_model, required, scalar
+from smelt.methods.fields import Field, Kind, per_model, required, scalar
 from smelt.methods.reducers import Gram, Sum
 from smelt.methods.selection import KthLargest
 from smelt.specs import Grain
@@ -62,6 +65,10 @@ class Undefined(ValueError):
 
 
 Scope = Literal["tensor", "column"]
+GRANULARITY = "granularity"
+"""The parameter that says over what a method's reductions go."""
+MODEL = "model"
+"""Its value where they go over all tensors of the model together."""
 BaseUse = Literal["none", "optional", "required"]
 
 _GIVEN = frozenset({"x", "base", "deltas", "vectors", "uniform", "size"})
@@ -146,6 +153,8 @@ class Method:
     """Parameters that MergeKit's recipes carry for this method and that have no effect, with the reason."""
     copied_bits: ClassVar[int] = 64
     """Elements of at most so many bits are copied where `copies` holds: 32 if arithmetic would round to float32."""
+    per_tensor: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that no reduction looks at: tensors whose reductions go over the whole model may differ in them."""
 
     def __init__(self, values: Mapping[str, Any], *, models: int) -> None:
         self.n = models
@@ -244,7 +253,8 @@ def register(name: str, *, source: str) -> Callable[[type[M]], type[M]]:
         fields: dict[str, Field] = {}
         for attribute, declared in vars(cls).items():
             if isinstance(declared, Field):
-                kind = "float" if declared.per_model else _kind(hints.get(attribute), attribute)
+                words = bool(declared.words)
+                kind = "float" if declared.per_model else _kind(hints.get(attribute), attribute, words=words)
                 field = replace(declared, name=declared.name or attribute.rstrip("_"), attribute=attribute, kind=kind)
                 fields[field.name] = field
         reductions = [value for value in vars(cls).values() if isinstance(value, Reduction)]
@@ -284,12 +294,14 @@ def register(name: str, *, source: str) -> Callable[[type[M]], type[M]]:
     return read
 
 
-def _kind(hint: object, attribute: str) -> Literal["float", "int", "bool"]:
-    plain: dict[object, Literal["float", "int", "bool"]] = {float: "float", int: "int", bool: "bool"}
+def _kind(hint: object, attribute: str, *, words: bool) -> Kind:
+    plain: dict[object, Kind] = {float: "float", int: "int", bool: "bool"}
     for candidate in (hint, *typing.get_args(hint)):
         if candidate in plain:
             return plain[candidate]
-    raise TypeError(f"field {attribute} must be annotated float, int or bool")
+    if hint is str and words:
+        return "word"
+    raise TypeError(f"field {attribute} must be annotated float, int or bool, or str where it has words")
 
 
 def _base_use(functions: Sequence[Callable[..., Any]]) -> BaseUse:

@@ -18,7 +18,7 @@ class _Required:
 required: Final = _Required()
 """The default of a parameter that the recipe must set."""
 
-Kind = Literal["float", "int", "bool"]
+Kind = Literal["float", "int", "bool", "word"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,8 @@ class Interval:
 class Field:
     """One parameter of a method.
 
-    `name` is the recipe's key, `attribute` the Python name, `words` the strings allowed beside values of `kind`.
+    `name` is the recipe's key, `attribute` the Python name, `words` the strings allowed beside values of `kind`; a
+    field of kind `word` has no other values.
     """
 
     default: Any
@@ -77,6 +78,8 @@ class Field:
         """
         if isinstance(value, str) and value in self.words:
             return value
+        if self.kind == "word":
+            raise ValueError("must be " + " or ".join(f"'{word}'" for word in self.words))
         number = _number(value)
         if self.kind == "bool":
             if isinstance(value, bool):

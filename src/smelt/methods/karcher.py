@@ -7,7 +7,7 @@ import math
 from array_api_compat import array_namespace
 
 from smelt.methods.api import Array, Gram, Method, derive, reduce, register, scalar
-from smelt.methods.stages import weighted_sum
+from smelt.methods.stages import ANGLE_OVER, weighted_sum
 
 _NEARLY_STRAIGHT = 1e-6
 
@@ -25,7 +25,8 @@ class Karcher(Method):
     Use it for several models with equal say, where a plain average would come out too short.
 
     Note: a base_model gives config and tokenizer only; it takes part if it is listed among the models (MergeKit always
-    makes it one more). Where an input holds NaN or infinity there are no angles, and y is the plain average.
+    makes it one more). Where an input holds NaN or infinity there are no angles, and y is the plain average. Angles and
+    lengths are those of each tensor, as in MergeKit, or with granularity: model those of the whole model.
 
     Example:
         merge_method: karcher
@@ -36,10 +37,13 @@ class Karcher(Method):
         parameters: {max_iter: 10, tol: 1e-5}
     """
 
+    per_tensor = frozenset({"max_iter", "tol"})
+
     max_iter: int = scalar(10, within="[0, inf)", doc="steps at most")
     tol: float = scalar(
         1e-5, within="[0, inf)", doc="stop when a step is shorter than this; models with a norm up to it are left out"
     )
+    granularity: str = ANGLE_OVER
 
     @reduce(Gram, uses=())
     def products(self, x: Array) -> Array:

@@ -6,7 +6,7 @@ from array_api_compat import array_namespace
 
 from smelt.methods.api import Array, Grain, Gram, Method, derive, reduce, register, scalar
 from smelt.methods.reducers import gram
-from smelt.methods.stages import weighted_sum
+from smelt.methods.stages import OVER, check_rows, weighted_sum
 
 
 @register("model_stock", source="Jang et al. 2024, arXiv:2403.19522")
@@ -19,7 +19,8 @@ class ModelStock(Method):
 
     Use it for several fine-tunes on the same task (other seeds or settings): it needs no weights.
 
-    Note: t is not clamped; with task vectors that point apart it is negative. filter_wise: one t per row. Where
+    Note: t is not clamped; with task vectors that point apart it is negative. One t per tensor, as in
+    the paper, per row (last dimension) with granularity: row, or one for the whole model with granularity: model. Where
     an input holds NaN or infinity there are no angles, and t = 1.
 
     Example:
@@ -34,12 +35,20 @@ class ModelStock(Method):
     models = (2, None)
 
     filter_wise: bool = scalar(False, doc="one angle per row (last dimension), not per tensor")
+    granularity: str = OVER
 
     @property
     def grain(self) -> Grain:
-        return Grain.ROW if self.filter_wise else Grain.ELEMENT
+        return Grain.ROW if self.rows else Grain.ELEMENT
 
-    @reduce(Gram, uses=(), when=lambda method: not method.filter_wise)
+    @property
+    def rows(self) -> bool:
+        return self.filter_wise or self.granularity == "row"
+
+    def check(self) -> None:
+        check_rows(self.granularity, self.filter_wise, name="filter_wise")
+
+    @reduce(Gram, uses=(), when=lambda method: not method.rows)
     def products(self, deltas: Array) -> Array:
         return deltas
 

@@ -7,7 +7,7 @@ import math
 from array_api_compat import array_namespace
 
 from smelt.methods.api import Array, Gram, Method, Undefined, derive, per_model, reduce, register, required, scalar
-from smelt.methods.stages import divisor, weighted_sum
+from smelt.methods.stages import ANGLE_OVER, divisor, weighted_sum
 
 
 @register("multislerp", source="MergeKit")
@@ -23,7 +23,8 @@ class MultiSlerp(Method):
 
     Note: m is the mean of the same u_i with the same weights, so τ = 0 but for rounding, and what is computed is
     y = m cos(eps) · Σ w_i ‖x_i‖. Where ‖Σ w_i u_i‖ < eps there is no direction: with one or two models, or if all are
-    zero, y = Σ w_i x_i (so too where an input holds NaN or infinity); with more it is an error.
+    zero, y = Σ w_i x_i (so too where an input holds NaN or infinity); with more it is an error. Norms and
+    directions are those of each tensor, as in MergeKit, or with granularity: model those of the whole model.
 
     Example:
         merge_method: multislerp
@@ -37,9 +38,12 @@ class MultiSlerp(Method):
             parameters: {weight: 0.2}
     """
 
+    per_tensor = frozenset({"weight", "normalize_weights", "eps"})
+
     weight: Array = per_model(required, doc="how much of each direction goes in")
     normalize_weights: bool = scalar(True, doc="divide the weights by their sum")
     eps: float = scalar(1e-8, within="(0, inf)", doc="added to norms; a mean direction shorter than this is none")
+    granularity: str = ANGLE_OVER
 
     @reduce(Gram, uses=())
     def products(self, vectors: Array) -> Array:

@@ -7,7 +7,7 @@ from array_api_compat import array_namespace
 from smelt.methods.api import Array, Grain, Method, Sum, derive, per_model, reduce, register, scalar
 from smelt.methods.reducers import Extremes
 from smelt.methods.selection import Cut, KthLargest64
-from smelt.methods.stages import LAMBDA, above_cut, add_to_base, counts_to_keep, cut_rows
+from smelt.methods.stages import LAMBDA, OVER, above_cut, add_to_base, check_rows, counts_to_keep, cut_rows
 
 
 @register("pcb", source="Du et al. 2024, Parameter competition balancing, arXiv:2410.02396, section 3")
@@ -15,7 +15,7 @@ class Pcb(Method):
     """Average the task vectors with a weight for each entry: its size in the model times its agreement with the others.
 
     Equation:
-        norm(v) = (v − min v) / (max v − min v)        (0 where all are equal),   over the whole tensor
+        norm(v) = (v − min v) / (max v − min v)        (0 where all are equal),   over the tensor
         intra_i = softmax(n · norm(d_i ⊙ d_i)),   inter_i = Σ_j softmax(norm(d_i ⊙ d_j))
         β_i = intra_i ⊙ inter_i, kept for the max(1, floor(density_i · N)) largest, 0 elsewhere
         y = b + lambda · Σ β_i ⊙ d_i / Σ β_i            (b where no β is left)
@@ -23,10 +23,10 @@ class Pcb(Method):
     Use it for fine-tunes that compete for the same entries, where one weight per model is too coarse; a density near
     0.1 and a lambda near 1 are common.
 
-    Note: one scale per tensor, or with row_wise one per row (last dimension); the paper's is that of the whole model.
-    The authors' program differs from the paper's equations (tanh for one softmax, clamped tails); here are the
-    equations. Entries that equal a cut are kept with the probability that fills the count; an entry that is NaN or
-    infinite is kept, and gives all products with it the same share.
+    Note: one scale per tensor, per row (last dimension) with granularity: row, or as in the paper one for the whole
+    model with granularity: model. The authors' program differs from the paper's equations (tanh for one softmax,
+    clamped tails); here are the equations. Entries that equal a cut are kept with the probability that fills the count;
+    an entry that is NaN or infinite is kept, and gives all products with it the same share.
 
     Example:
         merge_method: pcb
@@ -38,25 +38,33 @@ class Pcb(Method):
         parameters: {density: 0.2, lambda: 0.9}
     """
 
+    per_tensor = frozenset({"lambda"})
+
     density: Array = per_model(0.1, doc="share of entries kept, by their β; 1 or more keeps all, 0 or less none")
     row_wise: bool = scalar(False, doc="scales, softmax and share are taken in each row (last dimension)")
     lambda_: float = LAMBDA
+    granularity: str = OVER
 
     @property
     def grain(self) -> Grain:
-        return Grain.ROW if self.row_wise else Grain.ELEMENT
+        return Grain.ROW if self.rows else Grain.ELEMENT
 
-    @reduce(Extremes, uses=(), when=lambda method: not method.row_wise)
+    @property
+    def rows(self) -> bool:
+        return self.row_wise or self.granularity == "row"
+
+    def check(self) -> None:
+        check_rows(self.granularity, self.row_wise)
+
+    @reduce(Extremes, uses=(), when=lambda method: not method.rows)
     def ranges(self, deltas: Array) -> Array:
         return products(deltas)
 
-    @reduce(Sum, uses=(), when=lambda method: not method.row_wise)
+    @reduce(Sum, uses=(), when=lambda method: not method.rows)
     def sums(self, deltas: Array, ranges: Array) -> Array:
         return powers(deltas, *_columns(ranges))
 
-    @reduce(
-        KthLargest64, uses=("density",), when=lambda method: not method.row_wise and bool((method.density < 1.0).any())
-    )
+    @reduce(KthLargest64, uses=("density",), when=lambda method: not method.rows and bool((method.density < 1.0).any()))
     def cut(self, deltas: Array, ranges: Array, sums: Array, size: int) -> tuple[Array, Array]:
         return scores(powers(deltas, *_columns(ranges)), sums[:, None]), counts_to_keep(self.density, size)
 

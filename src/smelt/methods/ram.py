@@ -69,11 +69,11 @@ class RamPlus(Method):
         A = the models with abs(d_i) > epsilon, per entry
         y = b + Σ_A d_i / |A|,   times s_i where A is model i alone        (b where A is empty)
         s_i = 1 + r · clamp(shared_i / max(unique_i, epsilon), 0, alpha)
-        shared_i, unique_i = how many entries of the tensor model i has changed with others, and alone
+        shared_i, unique_i = how many entries model i has changed with others, and alone
 
     Use it as ram; what is averaged loses strength, which the entries of one model alone make up for.
 
-    Note: the ratio is taken in each tensor, not over the whole model as in the paper.
+    Note: the ratio is that of each tensor, or as in the paper that of the whole model with granularity: model.
 
     Example:
         merge_method: ramplus_tl
@@ -85,9 +85,16 @@ class RamPlus(Method):
         parameters: {r: 0.1, alpha: 0.2, epsilon: 1e-5}
     """
 
+    per_tensor = frozenset({"r", "alpha"})
+
     r: float = scalar(0.1, doc="how much of the ratio of shared to unique entries is added to unique entries")
     alpha: float = scalar(0.2, doc="that ratio at most")
     epsilon: float = scalar(1e-5, within="[0, inf)", doc=_EPSILON_DOC)
+    granularity: str = scalar(
+        "tensor",
+        words=("tensor", "model"),
+        doc="over what entries are counted: each tensor for itself, or the whole model",
+    )
 
     @reduce(Sum, uses=("epsilon",))
     def unique(self, deltas: Array) -> Array:

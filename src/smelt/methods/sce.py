@@ -8,7 +8,7 @@ from array_api_compat import array_namespace
 
 from smelt.methods.api import Array, Method, Sum, derive, reduce, register, scalar
 from smelt.methods.selection import Cut, KthLargest64
-from smelt.methods.stages import TINY, above_cut, add_to_base
+from smelt.methods.stages import CUT_OVER, TINY, above_cut, add_to_base
 
 
 def variance(deltas: Array) -> Array:
@@ -39,6 +39,8 @@ class Sce(Method):
 
     Note: entries that equal the cut are kept with the probability that fills the count, one decision per position for
     all models. With one model, or equal ones, nothing varies, and a select_topk below 1 keeps nothing.
+    The paper works on each parameter matrix; with granularity: model positions are chosen, and models weighed, over the
+    whole model.
 
     Example:
         merge_method: sce
@@ -51,6 +53,7 @@ class Sce(Method):
     """
 
     select_topk: float = scalar(1.0, doc="share of the varying positions kept; 1 or more keeps all, 0 or less none")
+    granularity: str = CUT_OVER
 
     @reduce(Sum, uses=(), when=lambda method: method.select_topk < 1.0)
     def varying(self, deltas: Array) -> Array:

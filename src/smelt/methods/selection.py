@@ -49,17 +49,17 @@ def to_grid(share: Any) -> Any:
 
 
 def band_shares(cut: Cut) -> Array:
-    """Of the entries equal to each of two cuts, the share with a rank between them, float32 [n, 2].
+    """Of the entries equal to each of two cuts, the share with a rank between them, float32 [n, 2] (or [n, rows, 2]).
 
     Column 0 is the cut of the T largest, column 1 that of the T + K largest. T = 0 cuts nothing off: share 1.
     """
     xp = array_namespace(cut.count)
-    first, last = cut.count[:, :1], cut.count[:, 1:]
+    first, last = cut.count[..., :1], cut.count[..., 1:]
     inside = xp.minimum(cut.above + cut.equal, last) - xp.maximum(cut.above, first)
     equal = xp.where(cut.equal < 1, xp.ones_like(cut.equal), cut.equal)
     shares = to_grid(xp.astype(inside, xp.float64) / xp.astype(equal, xp.float64))
-    upper = xp.where(first == 0, xp.ones_like(shares[:, :1]), shares[:, :1])
-    return xp.concat([upper, shares[:, 1:]], axis=1)
+    upper = xp.where(first == 0, xp.ones_like(shares[..., :1]), shares[..., :1])
+    return xp.concat([upper, shares[..., 1:]], axis=-1)
 
 
 class _RadixSelect:

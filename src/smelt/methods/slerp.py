@@ -19,7 +19,7 @@ from smelt.methods.api import (
     scalar,
 )
 from smelt.methods.reducers import gram
-from smelt.methods.stages import TINY, weighted_sum
+from smelt.methods.stages import ANGLE_OVER, TINY, weighted_sum
 
 NEARLY_PARALLEL = 0.9995
 
@@ -34,6 +34,9 @@ class Slerp(Method):
 
     Use it to blend two models of the same size and family; a gradient of t per layer gives attention to one model and
     the MLPs to the other.
+
+    Note: one angle per tensor by default, as in MergeKit; with granularity: model one for the whole model, while t may
+    still differ between tensors.
 
     Example:
         merge_method: slerp
@@ -51,7 +54,10 @@ class Slerp(Method):
     models = (1, 1)
     ignored = {"embed_slerp": "the embedding is merged as every other tensor is"}  # noqa: RUF012
 
+    per_tensor = frozenset({"t"})
+
     t: float = scalar(required, doc="place between the base (0) and the model (1)")
+    granularity: str = ANGLE_OVER
 
     @reduce(Gram, uses=())
     def products(self, base: Array, x: Array) -> Array:
@@ -86,7 +92,8 @@ class NuSlerp(Method):
     Use it as slerp for two fine-tunes of one base: angles between task vectors say more than angles between models.
 
     Note: one angle per tensor by default. nuslerp_flatten: false takes one per vector along the last dimension, with
-    nuslerp_row_wise: true one per vector along the first (MergeKit's names). Near antiparallel vectors, where MergeKit
+    nuslerp_row_wise: true one per vector along the first (MergeKit's names), and granularity: model one for the whole
+    model. Near antiparallel vectors, where MergeKit
     gives results up to 1e5 times too large, the interpolation is linear; so too where an input holds NaN or infinity.
 
     Example:
@@ -100,12 +107,19 @@ class NuSlerp(Method):
     """
 
     models = (2, 2)
+    per_tensor = frozenset({"weight"})
 
     weight: Array = per_model(required, doc="how much of each model goes in")
     nuslerp_flatten: bool = scalar(True, doc="one angle per tensor; false: one per row (or column)")
     nuslerp_row_wise: bool = scalar(
         False, doc="with nuslerp_flatten: false, one angle per vector along the first dimension, not the last"
     )
+    granularity: str = ANGLE_OVER
+
+    def check(self) -> None:
+        if self.granularity == "model" and not self.nuslerp_flatten:
+            what = "nuslerp_flatten: false asks for an angle per vector, granularity for one of the whole model"
+            raise ValueError(what, "leave one of the two out")
 
     @property
     def grain(self) -> Grain:

@@ -19,10 +19,32 @@ TINY = 1e-8
 
 LAMBDA = scalar(1.0, name="lambda", doc="factor on the merged task vector before it is added to the base")
 DENSITY = per_model(1.0, doc="share of entries kept; 1 or more keeps all, 0 or less none")
+CUT_OVER = scalar(
+    "tensor",
+    words=("tensor", "model"),
+    doc="over what entries are ranked and norms taken: each tensor for itself, or the whole model",
+)
+OVER = scalar(
+    "tensor",
+    words=("tensor", "row", "model"),
+    doc="over what it is worked out: each tensor for itself, each row (last dimension), or the whole model",
+)
+ANGLE_OVER = scalar(
+    "tensor",
+    words=("tensor", "model"),
+    doc="over what angles and norms are taken: each tensor for itself, or the whole model",
+)
 RESCALE_DOC = (
     "true: scale what is kept so that each task vector keeps its L1 norm; density: divide it by the density, as the "
     "DARE paper does; false: leave it"
 )
+
+
+def check_rows(granularity: str, row_wise: bool, *, name: str = "row_wise") -> None:
+    """Raise ValueError (what, fix) where the older setting asks for rows and `granularity` for the whole model."""
+    if row_wise and granularity == "model":
+        what = f"{name} asks for each row by itself, granularity for the whole model"
+        raise ValueError(what, f"keep one of the two: `{name}: true` is `granularity: row`")
 
 
 def weighted_sum(vectors: Array, coefficients: Array, *, start: Array | None = None) -> Array:
@@ -88,12 +110,23 @@ def above_cut(numbers: Array, cut: Cut, uniform: Array) -> Array:
 def cut_rows(numbers: Array, counts: Array) -> Cut:
     """In each row, the cut that keeps the count largest: numbers [n, rows, width], counts [n] -> all [n, rows, 1].
 
-    As KthLargest gives it for a whole tensor; NaN is larger than all.
+    Counts [n, k] give k cuts, [n, rows, k]. As KthLargest gives it for a whole tensor; NaN is larger than all.
     """
+    xp = array_namespace(numbers)
+    ordered = xp.sort(numbers, axis=-1)
+    cuts = [_cut_of_rows(numbers, ordered, column) for column in _columns(counts)]
+    return Cut(*(xp.concat([getattr(cut, part) for cut in cuts], axis=-1) for part in Cut.__slots__))
+
+
+def _columns(counts: Array) -> list[Array]:
+    """Counts [n] or [n, k] as k arrays [n]."""
+    return [counts] if counts.ndim == 1 else [counts[:, k] for k in range(counts.shape[1])]
+
+
+def _cut_of_rows(numbers: Array, ordered: Array, counts: Array) -> Cut:
     xp = array_namespace(numbers)
     width = numbers.shape[-1]
     count = xp.reshape(xp.clip(counts, 0, width), (-1, 1, 1)) + xp.zeros((*numbers.shape[:-1], 1), dtype=xp.int64)
-    ordered = xp.sort(numbers, axis=-1)
     place = width - xp.where(count > 0, count, xp.ones_like(count))
     none = count <= 0
     value = xp.take_along_axis(ordered, place, axis=-1)
@@ -105,7 +138,7 @@ def cut_rows(numbers: Array, counts: Array) -> Cut:
 
 
 def band(deltas: Array, cut: Cut | None, uniform: Array) -> Array:
-    """Keep the entries whose rank by magnitude lies between the two cuts [n, 2] that `band_counts` asked for.
+    """Keep the entries whose rank by magnitude lies between the two cuts, [n, 2] or [n, rows, 2], of `band_counts`.
 
     Of E entries that equal a cut, of which O belong inside the band, each is kept with probability O/E; so too where
     both cuts fall on one magnitude.
@@ -114,10 +147,10 @@ def band(deltas: Array, cut: Cut | None, uniform: Array) -> Array:
         return deltas
     xp = array_namespace(deltas)
     shares = band_shares(cut)
-    high, low = cut.value[:, :1], cut.value[:, 1:]
+    high, low = cut.value[..., :1], cut.value[..., 1:]
     magnitude = xp.abs(deltas)
-    between = (magnitude < high) | ((magnitude == high) & (uniform < shares[:, :1]))
-    keep = xp.where(magnitude == low, uniform < shares[:, 1:], (magnitude > low) & between)
+    between = (magnitude < high) | ((magnitude == high) & (uniform < shares[..., :1]))
+    keep = xp.where(magnitude == low, uniform < shares[..., 1:], (magnitude > low) & between)
     return xp.where(keep | xp.isnan(magnitude), deltas, xp.zeros_like(deltas))  # a NaN is not cut away unseen
 
 

@@ -16,6 +16,7 @@ from smelt.methods.api import (
 )
 from smelt.methods.selection import Cut
 from smelt.methods.stages import (
+    CUT_OVER,
     DENSITY,
     LAMBDA,
     RESCALE_DOC,
@@ -32,14 +33,15 @@ class Ties(Method):
     """Trim each task vector to its largest entries, elect a sign per entry, average the entries that agree with it.
 
     Equation:
-        trim: the max(1, floor(density · N)) largest of abs(d_i), over the whole tensor
+        trim: the max(1, floor(density · N)) largest of abs(d_i), over the tensor or the whole model
         W_i = w_i · trim(d_i);   sign = + where Σ W_i ≥ 0, else −
         y = b + lambda · (Σ of the agreeing W_i) / (Σ of their w_i)        (normalize: false leaves out the division)
 
     Use it for several fine-tunes that pull in different directions; a density of 0.2 to 0.6 is common.
 
     Note: entries that equal the cut are common in bf16 fine-tunes; each is kept with the probability that fills the
-    count. The paper trims the whole model's task vector; here, as in MergeKit, each tensor has its own cut.
+    count. The paper trims the task vector of the whole model, which is granularity: model. By default, as in MergeKit,
+    each tensor has its own cut.
 
     Example:
         merge_method: ties
@@ -51,11 +53,14 @@ class Ties(Method):
             parameters: {weight: 0.3, density: 0.6}
     """
 
+    per_tensor = frozenset({"weight", "normalize", "lambda"})
+
     weight: Array = per_model(required, doc="how much of each trimmed task vector goes in")
     density: Array = DENSITY
     normalize: bool = scalar(True, doc="divide each entry by the weights of the models that agree")
     rescale: bool | str = scalar(False, words=("density",), doc=RESCALE_DOC)
     lambda_: float = LAMBDA
+    granularity: str = CUT_OVER
 
     @reduce(KthLargest, uses=("density",), when=lambda method: bool((method.density < 1.0).any()))
     def cut(self, deltas: Array, size: int) -> tuple[Array, Array]:

@@ -21,6 +21,9 @@ from smelt.planning.missing import Uncommon
 from smelt.planning.quantised import dequantised, quantised
 from smelt.planning.sections import sections
 from smelt.planning.tokens import choose_tokens
+from smelt.planning.whole import groups
+from smelt.planning.whole import notes as notes_of_groups
+from smelt.planning.whole import problems as problems_of_groups
 from smelt.recipe.canonical import digest
 from smelt.recipe.check import notes
 from smelt.recipe.schema import Recipe
@@ -84,10 +87,14 @@ class _Builder:
         entries = [entry for slot in alignment.slots if (entry := self._entry(slot)) is not None]
         if not alignment.restacked and (wrong := self._uncommon.contradiction(entries, self.models[self.donor].config)):
             self.problems.append(wrong)
+        head = self.models[self.donor].anatomy.head or any(entry.part.role is Role.HEAD for entry in entries)
+        tied = self._tied(bool(head))
+        whole = groups(entries, tied=tied)
+        self.problems.extend(problems_of_groups(whole, self.recipe))
+        self.notes.extend(notes_of_groups(whole))
         raise_all([*self._quantised.values(), *self._alike.errors(), *self.problems])
         alignment.ignored.update(self._uncommon.ignored(entries))
         self._report(alignment, entries)
-        head = self.models[self.donor].anatomy.head or any(entry.part.role is Role.HEAD for entry in entries)
         return Plan(
             method=self.info.name,
             models=tuple(model.planned for model in self.models),
@@ -98,7 +105,7 @@ class _Builder:
             restacked=alignment.restacked,
             tokenizer=tokens.giver.name,
             chat_template=tokens.chat_template,
-            tied=self._tied(bool(head)),
+            tied=tied,
             ignored=alignment.ignored,
             notes=tuple(self.notes),
             warnings=tuple(self.warnings),

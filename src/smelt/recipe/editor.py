@@ -87,6 +87,8 @@ def _value(field: Field) -> dict[str, Any]:
     others: list[dict[str, Any]] = [{"$ref": "#/$defs/NumberAsText"}]
     if field.kind == "bool":
         value, others = {"type": "boolean"}, [{"$ref": "#/$defs/BooleanAsText"}]
+    if field.kind == "word":
+        return {"enum": list(field.words)}
     if field.words:
         others.append({"enum": list(field.words)})
     return {"anyOf": [value, *others]}

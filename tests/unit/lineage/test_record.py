@@ -72,7 +72,14 @@ def test_tensors_tell_how_they_came_about() -> None:
         "ties",
         "digest of model.layers.0.mlp.up_proj.weight",
     )
-    assert up["values"] == {"weight": [0.5], "density": [1.0], "normalize": True, "rescale": False, "lambda": 1.0}
+    assert up["values"] == {
+        "weight": [0.5],
+        "density": [1.0],
+        "normalize": True,
+        "rescale": False,
+        "lambda": 1.0,
+        "granularity": "tensor",
+    }
     assert [source["model"] for source in up["inputs"]] == ["m1"]
     assert up["base"]["model"] == "m0"
     assert (up["nonfinite"], tensors["model.norm.weight"]["nonfinite"]) == (0, 3)

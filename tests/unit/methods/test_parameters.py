@@ -17,11 +17,13 @@ TRIMMED = {**WEIGHT, "density": 1.0}
 DELLA = {**TRIMMED, "epsilon": 0.15}
 BREADCRUMBS = {**TRIMMED, "gamma": 0.01}
 SVD = {"decompose": True, "rank": 0, "randomized": False, "oversampling": 10, "power": 2}
+EACH = {"granularity": "tensor"}
+ROWS = {"breadcrumbs", "breadcrumbs_ties", "geometric_median", "localize", "model_stock", "pcb"}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "arcee_fusion": {},
-    "breadcrumbs": {**BREADCRUMBS, "normalize": False, "rescale": False, "lambda": 1.0},
-    "breadcrumbs_ties": {**BREADCRUMBS, "normalize": False, "rescale": False, "lambda": 1.0},
+    "breadcrumbs": {**BREADCRUMBS, "normalize": False, "rescale": False, "lambda": 1.0, **EACH},
+    "breadcrumbs_ties": {**BREADCRUMBS, "normalize": False, "rescale": False, "lambda": 1.0, **EACH},
     "consensus": {"weight": 1.0, "threshold": 0.4, "agreement": 2, "lambda": 1.0},
     "dare_linear": {**TRIMMED, "normalize": False, "rescale": True, "lambda": 1.0},
     "dare_ties": {**TRIMMED, "normalize": False, "rescale": True, "lambda": 1.0},
@@ -29,25 +31,25 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "della_linear": {**DELLA, "normalize": False, "rescale": True, "lambda": 1.0},
     "ema": {"alpha": 0.2},
     "expo": {"alpha": required},
-    "geometric_median": {"weight": 1.0, "row_wise": False, "max_iter": 100, "tol": 1e-9},
+    "geometric_median": {"weight": 1.0, "row_wise": False, "max_iter": 100, "tol": 1e-9, **EACH},
     "iso_c": {"weight": 1.0, "lambda": 1.0, **SVD},
     "iso_cts": {"weight": 1.0, "common": 0.8, "lambda": 1.0, **SVD},
-    "karcher": {"max_iter": 10, "tol": 1e-5},
+    "karcher": {"max_iter": 10, "tol": 1e-5, **EACH},
     "linear": {**WEIGHT, "normalize": True},
-    "localize": {"density": 0.05, "row_wise": False, "lambda": 1.0},
-    "model_stock": {"filter_wise": False},
-    "multislerp": {**WEIGHT, "normalize_weights": True, "eps": 1e-8},
+    "localize": {"density": 0.05, "row_wise": False, "lambda": 1.0, **EACH},
+    "model_stock": {"filter_wise": False, **EACH},
+    "multislerp": {**WEIGHT, "normalize_weights": True, "eps": 1e-8, **EACH},
     "nearswap": {"t": required},
-    "nuslerp": {**WEIGHT, "nuslerp_flatten": True, "nuslerp_row_wise": False},
+    "nuslerp": {**WEIGHT, "nuslerp_flatten": True, "nuslerp_row_wise": False, **EACH},
     "passthrough": {"scale": 1.0},
-    "pcb": {"density": 0.1, "row_wise": False, "lambda": 1.0},
+    "pcb": {"density": 0.1, "row_wise": False, "lambda": 1.0, **EACH},
     "ram": {"epsilon": 1e-5},
-    "ramplus_tl": {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5},
-    "sce": {"select_topk": 1.0},
-    "slerp": {"t": required},
+    "ramplus_tl": {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5, **EACH},
+    "sce": {"select_topk": 1.0, **EACH},
+    "slerp": {"t": required, **EACH},
     "sma": {},
     "task_arithmetic": {**WEIGHT, "normalize": False, "lambda": 1.0},
-    "ties": {**TRIMMED, "normalize": True, "rescale": False, "lambda": 1.0},
+    "ties": {**TRIMMED, "normalize": True, "rescale": False, "lambda": 1.0, **EACH},
     "tsv": {"weight": 1.0, "lambda": 1.0, **SVD},
     "wma": {},
     "wudi": {"lambda": 1.0, "ridge": 0.1, "decompose": True},
@@ -113,7 +115,9 @@ def test_ranges(method: str) -> None:
 @pytest.mark.parametrize("method", DEFAULTS)
 def test_words_beside_numbers(method: str) -> None:
     for name, field in api.get(method).fields.items():
-        assert field.words == (("density",) if name == "rescale" else ()), name
+        rows = ("row",) if method in ROWS else ()
+        words = {"rescale": ("density",), "granularity": ("tensor", *rows, "model")}
+        assert field.words == words.get(name, ()), name
 
 
 @pytest.mark.parametrize("method", DEFAULTS)

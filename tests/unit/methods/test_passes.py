@@ -57,6 +57,8 @@ def test_sce(topk: float, expected: list[str]) -> None:
 def test_angles() -> None:
     assert passes("model_stock") == ["products"]
     assert passes("model_stock", filter_wise=True) == []
+    assert passes("model_stock", granularity="row") == []
+    assert passes("model_stock", granularity="model") == ["products"]
     assert passes("nuslerp") == ["products"]
     assert passes("nuslerp", nuslerp_row_wise=True) == ["products"], "nuslerp_flatten goes first"
     assert passes("nuslerp", nuslerp_flatten=False) == []
@@ -73,6 +75,11 @@ def test_angles() -> None:
         ("arcee_fusion", {}, Grain.ROW),
         ("model_stock", {}, Grain.ELEMENT),
         ("model_stock", {"filter_wise": True}, Grain.ROW),
+        *(
+            (name, {"granularity": "row"}, Grain.ROW)
+            for name in ("model_stock", "pcb", "localize", "geometric_median", "breadcrumbs", "breadcrumbs_ties")
+        ),
+        *((name, {"granularity": "model"}, Grain.ELEMENT) for name in ("model_stock", "pcb", "ties", "nuslerp")),
         ("nuslerp", {}, Grain.ELEMENT),
         ("nuslerp", {"nuslerp_flatten": False}, Grain.ROW),
         ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}, Grain.SLAB),

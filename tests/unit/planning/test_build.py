@@ -60,6 +60,7 @@ def test_defaults_and_order_of_inputs() -> None:
         "normalize": True,
         "rescale": False,
         "lambda": 1.0,
+        "granularity": "tensor",
     }
     assert (plan.donor, plan.base) == (2, 2)
 

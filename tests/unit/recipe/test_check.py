@@ -69,13 +69,17 @@ parameters:
             (
                 "ties has no parameter `t`",
                 "11:3",
-                "it belongs to nearswap, slerp; ties takes weight, density, normalize, rescale, lambda",
+                "it belongs to nearswap, slerp; ties takes weight, density, normalize, rescale, lambda, granularity",
             ),
         ),
         (
             "",
             "  zzz: 1",
-            ("ties has no parameter `zzz`", "11:3", "ties takes weight, density, normalize, rescale, lambda"),
+            (
+                "ties has no parameter `zzz`",
+                "11:3",
+                "ties takes weight, density, normalize, rescale, lambda, granularity",
+            ),
         ),
         ("      density: 53%", "", ("`density` must be a number, not '53%'", "7:16", "write 0.53")),
         ("      density: 0,5", "", ("`density` must be a number, not '0,5'", "7:16", "write 0.5")),
