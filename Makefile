@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint sweep faults kills mutants fuzz bench curves clean
+.PHONY: demo test lint sweep faults kills mutants fuzz bench curves zoo clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -50,6 +50,12 @@ endif
 
 curves: $(VENV)/.bench
 	$(BIN)/python benchmarks/sweep.py --folder $(FOLDER) --rounds $(ROUNDS)
+
+# All methods on tiny trained models: what a merge keeps of its experts' skills. ZOO has the law and the addition expert.
+ZOO ?= examples/zoo
+RESULTS ?= docs/benchmarks
+zoo: $(VENV)/.bench $(VENV)/.demo
+	$(BIN)/python benchmarks/zoo/run.py --zoo $(ZOO) --out $(RESULTS) $(if $(PAGE),--page $(PAGE))
 
 # Headers and indexes against the safetensors library, a million inputs each; atheris has an environment of its own.
 RUNS ?= 1000000

@@ -18,7 +18,7 @@ from sweeps import LEFT_OUT, SWEEPS, Sweep
 _MARKED = re.compile(r"(<!-- tables: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def left_out(study: Study) -> list[str]:
+def groups_left_out(study: Study) -> list[str]:
     """Groups whose models or data are not there."""
     there = study.groups()
     return [" + ".join(group) for group in GROUPS if group not in there]

@@ -104,7 +104,7 @@ class Study:
             run = self.runs[" + ".join(group), sweep.title, setting.label, 0, "dev"]
             return score(run.measured, base, experts)
 
-        return max(sweep.settings(len(group)), key=reached)
+        return max((one for one in sweep.settings(len(group)) if one.candidate), key=reached)
 
     def references(self, group: Sequence[str], split: str) -> tuple[Measured, dict[str, Measured]]:
         """The base, and each skill's expert."""

@@ -2,7 +2,7 @@
 
 A method that adds task vectors is scaled by `lambda`, one that averages them too but about a greater value; one without
 a scale is swept over what it has (density, epsilon, t), an average over the share of the first skill. The method's own
-defaults are the first candidate of each line (with weights of 1 and the example's value where one is required).
+defaults come first in each line (with weights of 1 and the example's value where one is required).
 """
 
 from __future__ import annotations
@@ -31,13 +31,18 @@ SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One candidate. `strength` is its place on the axis of a curve; `first` names the skill that comes first."""
+    """One setting. `strength` is its place on the axis of a curve, `first` the place of the skill that comes first.
+
+    One that is not a `candidate` is measured for comparison only: the defaults of a method that drops entries drop
+    none, which makes it another method.
+    """
 
     label: str
     strength: float | None
     parameters: Mapping[str, Any]
     default: bool = False
     first: int = 0
+    candidate: bool = True
 
 
 Values = Callable[[int], list[Setting]]
@@ -77,7 +82,7 @@ def swept(name: str, values: Iterable[float], *, default: Mapping[str, Any], **f
         tried = [Setting(f"{name} {value:g}", value, {**fixed, key: value}) for value in values]
         same = next((one for one in tried if one.parameters == default), None)
         label = same.label if same else "defaults"
-        first = Setting(label, same.strength if same else None, default, default=True)
+        first = Setting(label, same.strength if same else None, default, default=True, candidate=same is not None)
         return [first, *tried]
 
     return settings
