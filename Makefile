@@ -53,7 +53,7 @@ curves: $(VENV)/.bench
 
 # All methods on tiny trained models: what a merge keeps of its experts' skills. ZOO has the law and the addition expert.
 ZOO ?= examples/zoo
-RESULTS ?= docs/benchmarks
+RESULTS ?= zoo-results
 zoo: $(VENV)/.bench $(VENV)/.demo
 	$(BIN)/python benchmarks/zoo/run.py --zoo $(ZOO) --out $(RESULTS) $(if $(PAGE),--page $(PAGE))
 
@@ -85,4 +85,4 @@ $(FUZZ)/.done: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(FUZZ) examples/out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FUZZ) examples/out zoo-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

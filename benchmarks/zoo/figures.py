@@ -81,7 +81,11 @@ def _scores(groups: Mapping[str, Any]) -> Any:
             by_method.setdefault(row["method"], []).append(row)
     order = sorted(by_method, key=lambda method: statistics.mean(row["score"] for row in by_method[method]))
     figure, panels = plt.subplots(
-        1, len(groups), figsize=(2.2 + 2.6 * len(groups), 1.6 + 0.22 * len(order)), sharey=True, layout="constrained"
+        1,
+        len(groups),
+        figsize=(max(9.0, 2.2 + 2.6 * len(groups)), 1.6 + 0.22 * len(order)),
+        sharey=True,
+        layout="constrained",
     )
     for axes, (name, group) in zip([panels] if len(groups) == 1 else panels, groups.items(), strict=True):
         for row in group["rows"]:

@@ -1,6 +1,6 @@
 """Score every method on a zoo of tiny trained models: which skills does a merge keep, and what does it cost?
 
-usage: python benchmarks/zoo/run.py --zoo FOLDER [--state FILE] [--out docs/benchmarks] [--page docs/zoo.md]
+usage: python benchmarks/zoo/run.py --zoo FOLDER [--out zoo-results] [--state FILE] [--page docs/zoo.md]
 
 FOLDER holds models that were trained from one base, and held-out texts and problems, laid out as examples/zoo is. Of
 the groups of skills (law + addition, law + code, all three, law + subtraction) those are merged whose models and data
@@ -26,14 +26,12 @@ from sweeps import LEFT_OUT, SWEEPS
 from smelt.errors import SmeltError
 from smelt.methods import api
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", type=Path, required=True, help="folder with base, skills and eval")
-    parser.add_argument("--state", type=Path, default=Path("zoo-results.jsonl"), help="where results are kept")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
+    parser.add_argument("--state", type=Path, help="where results are kept as they come; OUT/results.jsonl by default")
+    parser.add_argument("--out", type=Path, default=Path("zoo-results"), help="folder for zoo.json and the pictures")
     parser.add_argument("--page", type=Path, help="a page that has the tables between marks")
     parser.add_argument("--only", help="methods, separated by commas; all by default")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="windows of each text at most")
@@ -55,7 +53,8 @@ def main() -> None:
             raise SystemExit("error: the figures need matplotlib: pip install '.[bench]', or --no-figures") from None
     sweeps = [sweep for sweep in SWEEPS if sweep.title in wanted]
     zoo = Zoo(given.zoo, windows=given.windows, problems=given.problems)
-    study = Study(zoo, given.state)
+    given.out.mkdir(parents=True, exist_ok=True)
+    study = Study(zoo, given.state or given.out / "results.jsonl")
     if not study.groups():
         raise SystemExit(f"error: {given.zoo} has the skills of no group: at least legal and another one")
     for line in left_out(study):
@@ -68,7 +67,6 @@ def main() -> None:
         spent = time.perf_counter() - started
         print(f"{spent:6.0f} s  {run.group:22}  {run.title:18}  {run.label:22}  {run.split}", flush=True)
     results = report.results(study, sweeps, checked)
-    given.out.mkdir(parents=True, exist_ok=True)
     written = [report.write_json(results, given.out)]
     if given.page is not None:
         written.append(report.write_tables(results, given.page))

@@ -13,7 +13,7 @@ from study import GENERAL, SEEDS, SINGLE, Run, Study
 from sweeps import SWEEPS, Sweep
 
 YARDSTICK = "task_arithmetic"
-"""What every method is compared with: it costs one addition for each model, and has one number to choose."""
+"""What methods are compared with, or else the first that is measured: one addition a model, one number to choose."""
 DRAWS = 1000
 CLEAR = 2.0
 """Standard errors from which a difference counts as seen."""
@@ -42,11 +42,12 @@ class Row:
     default_setting: str
     default_score: float
     seconds: float
+    yardstick: bool
 
     @property
     def verdict(self) -> str:
         """Whether it is seen to be better or worse than the yardstick."""
-        if self.method == YARDSTICK:
+        if self.yardstick:
             return "yardstick"
         if abs(self.difference) < CLEAR * self.difference_error:
             return "same"
@@ -86,6 +87,7 @@ def group_rows(study: Study, group: Sequence[str], sweeps: Sequence[Sweep] = SWE
                 default_setting=default.label,
                 default_score=score(default.measured, base, experts),
                 seconds=_seconds(study, group, sweep),
+                yardstick=sweep is yardstick,
             )
         )
     return sorted(rows, key=lambda row: -row.score)
