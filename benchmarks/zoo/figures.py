@@ -39,8 +39,8 @@ CURVES = {
         "iso_c",
         "wudi",
     ),
-    "lambda, of what averages them": ("ties", "della", "pcb"),
-    "share of the first skill, or t": ("linear", "slerp", "nuslerp", "geometric_median"),
+    "lambda of what averages, density of what chooses": ("ties", "della", "consensus", "localize", "pcb"),
+    "share of the first skill, or t": ("linear", "slerp", "nuslerp", "multislerp", "geometric_median"),
 }
 """Each panel's axis and its methods."""
 LINES = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

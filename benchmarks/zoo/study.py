@@ -28,7 +28,10 @@ SINGLE = "single"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One model measured: which, on which half, with what result; CPU seconds of its merge, None for a given model."""
+    """One model measured: which, on which half, with what result; CPU seconds of its merge, None for a given model.
+
+    `random` says whether another seed gives other weights; it is asked of the merges measured on test.
+    """
 
     group: str
     title: str
@@ -38,6 +41,7 @@ class Run:
     measured: Measured
     seconds: float | None
     random: bool | None = None
+    parameters: Mapping[str, Any] | None = None
 
     @property
     def key(self) -> tuple[str, str, str, int, str]:
@@ -113,14 +117,15 @@ class Study:
 
     def _run(self, group: tuple[str, ...], sweep: Sweep, setting: Setting, seed: int, split: str) -> Run:
         key = (" + ".join(group), sweep.title, setting.label, seed, split)
-        if key not in self.runs:
+        parameters = dict(setting.parameters)
+        if key not in self.runs or self.runs[key].parameters != parameters:  # sweeps.py may have changed since
             merged, seconds = merged_skills(self.zoo.weights, group, sweep, setting, seed=seed)
             random = None
             if split == "test" and seed == 0:
                 other, _ = merged_skills(self.zoo.weights, group, sweep, setting, seed=1)
                 random = any(not np.array_equal(merged[name], other[name]) for name in merged)
             measured = self.zoo.measure(merged, (GENERAL, *group), split=split)
-            self._add(Run(*key, measured, seconds, random))
+            self._add(Run(*key, measured, seconds, random, parameters))
         return self.runs[key]
 
     def _add(self, run: Run) -> None:
@@ -134,11 +139,11 @@ class Study:
 
 def _as_json(run: Run) -> dict[str, Any]:
     names = ("group", "title", "label", "seed", "split")
-    beside = {"seconds": run.seconds, "random": run.random}
+    beside = {"seconds": run.seconds, "random": run.random, "parameters": run.parameters}
     return dict(zip(names, run.key, strict=True)) | beside | run.measured.as_json()
 
 
 def _from_json(given: Mapping[str, Any]) -> Run:
     names = ("group", "title", "label", "seed", "split")
     key = [given[name] for name in names]
-    return Run(*key, Measured.from_json(given), given["seconds"], given["random"])
+    return Run(*key, Measured.from_json(given), given["seconds"], given["random"], given["parameters"])

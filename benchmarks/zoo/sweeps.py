@@ -23,9 +23,12 @@ alone     one skill, on the base: no merge of skills, but what they are compared
 
 SUMS = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 """lambda of what adds task vectors: with two skills 0.5 is their average."""
-MEANS = (0.6, 0.8, 1.0, 1.3, 1.6, 2.0)
+MEANS = (0.4, 0.6, 0.8, 1.0, 1.3, 2.0)
 """lambda of what averages task vectors: with two skills 2 is their sum."""
-SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
+DIRECTIONS = (0.4, 0.6, 0.8, 1.0, 1.3, 1.6)
+"""lambda of the methods on singular directions, whose default of 1 is no sum: each direction is shortened or kept."""
+DENSITIES = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
+SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)
 """Share of the first skill; the others have the rest in equal parts."""
 
 
@@ -152,7 +155,13 @@ SWEEPS: tuple[Sweep, ...] = (
     ),
     Sweep("task_arithmetic", "skills", "lambda", SUM, swept("lambda", SUMS, default={**W1, "lambda_": 1.0}, **W1)),
     Sweep("expo", "one", "alpha", SUM, swept("alpha", (-0.2, 0.1, 0.3, 0.6, 1.0), default={"alpha": 0.3})),
-    Sweep("consensus", "skills", "lambda", SELECT, swept("lambda", SUMS, default={"lambda_": 1.0})),
+    Sweep(
+        "consensus",
+        "skills",
+        "lambda",
+        SELECT,
+        swept("lambda", (0.6, 0.8, 1.0, 1.3, 1.6, 2.0), default={"lambda_": 1.0}),
+    ),
     Sweep("ties", "skills", "lambda", ELECT, swept("lambda", MEANS, default=W1, **W1, density=0.5)),
     Sweep("breadcrumbs", "skills", "lambda", SUM, swept("lambda", SUMS, default=W1, **W1, density=0.9, gamma=0.01)),
     Sweep(
@@ -162,11 +171,19 @@ SWEEPS: tuple[Sweep, ...] = (
     Sweep("dare_ties", "skills", "lambda", ELECT, swept("lambda", SUMS, default=W1, **W1, density=0.5)),
     Sweep("della_linear", "skills", "lambda", DROP, swept("lambda", SUMS, default=W1, **W1, density=0.5)),
     Sweep("della", "skills", "lambda", ELECT, swept("lambda", MEANS, default=W1, **W1, density=0.5)),
-    Sweep("sce", "skills", "select_topk", ELECT, swept("select_topk", (0.1, 0.25, 0.5, 0.75, 1.0), default={})),
-    Sweep("localize", "skills", "density", SELECT, swept("density", (0.05, 0.1, 0.2, 0.4, 0.7, 1.0), default={})),
-    Sweep("pcb", "skills", "lambda", SELECT, swept("lambda", (0.6, 1.0, 1.5, 2.0, 3.0, 4.0), default={})),
-    Sweep("ram", "skills", "epsilon", SELECT, swept("epsilon", (1e-5, 1e-3, 3e-3, 1e-2, 2e-2), default={})),
-    Sweep("ramplus_tl", "skills", "r", SELECT, swept("r", (0.1, 1.0, 2.0, 4.0, 8.0), default={"epsilon": 1e-3})),
+    Sweep(
+        "sce",
+        "skills",
+        "select_topk",
+        ELECT,
+        swept("select_topk", (0.1, 0.25, 0.5, 0.75, 1.0), default={"select_topk": 1.0}),
+    ),
+    Sweep("localize", "skills", "density", SELECT, swept("density", DENSITIES, default={"density": 0.05})),
+    Sweep("pcb", "skills", "density", SELECT, swept("density", DENSITIES, default={"density": 0.1})),
+    Sweep(
+        "ram", "skills", "epsilon", SELECT, swept("epsilon", (1e-5, 1e-3, 3e-3, 1e-2, 2e-2), default={"epsilon": 1e-5})
+    ),
+    Sweep("ramplus_tl", "skills", "r", SELECT, swept("r", (0.1, 1.0, 2.0, 4.0, 8.0), default={"r": 0.1})),
     Sweep("nearswap", "pair", "t", SELECT, swept("t", (1e-3, 3e-3, 1e-2, 2e-2, 5e-2), default={"t": 1e-3})),
     Sweep(
         "arcee_fusion",
@@ -177,9 +194,9 @@ SWEEPS: tuple[Sweep, ...] = (
             Setting("into the first skill", None, {}, default=True), Setting("into the second skill", None, {}, first=1)
         ),
     ),
-    Sweep("tsv", "skills", "lambda", SINGULAR, swept("lambda", SUMS, default={})),
-    Sweep("iso_c", "skills", "lambda", SINGULAR, swept("lambda", SUMS, default={})),
-    Sweep("iso_cts", "skills", "lambda", SINGULAR, swept("lambda", SUMS, default={})),
-    Sweep("wudi", "skills", "lambda", SINGULAR, swept("lambda", SUMS, default={})),
+    Sweep("tsv", "skills", "lambda", SINGULAR, swept("lambda", DIRECTIONS, default={"lambda_": 1.0})),
+    Sweep("iso_c", "skills", "lambda", SINGULAR, swept("lambda", DIRECTIONS, default={"lambda_": 1.0})),
+    Sweep("iso_cts", "skills", "lambda", SINGULAR, swept("lambda", DIRECTIONS, default={"lambda_": 1.0})),
+    Sweep("wudi", "skills", "lambda", SINGULAR, swept("lambda", DIRECTIONS, default={"lambda_": 1.0})),
 )
 LEFT_OUT = {"passthrough": "it takes every tensor from one model, so it combines nothing"}

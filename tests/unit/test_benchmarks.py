@@ -132,7 +132,7 @@ def test_zoo(tmp_path: Path) -> None:
     assert found["linear"]["spread"] is None
     assert found["dare_ties"]["spread"] is not None  # three seeds, of which each drops other entries
     assert found["dare_ties"]["default_setting"] == "defaults"  # which drop nothing, so that they are not chosen
-    assert [x for x, _ in group["curves"]["linear"]["points"]] == [0.3, 0.4, 0.5, 0.6, 0.7]
+    assert [x for x, _ in group["curves"]["linear"]["points"]] == [0.2, 0.35, 0.5, 0.65, 0.8]
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n")
     assert text.endswith("<!-- end -->\nafter\n")
