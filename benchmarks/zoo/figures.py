@@ -16,6 +16,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 COLOURS = {
     "average": "#0072b2",
@@ -30,20 +32,13 @@ COLOURS = {
 MARKERS = dict(zip(COLOURS, "osD^vPX", strict=True))
 NAMES = {"legal": "law", "math": "addition", "code": "code", "minus": "subtraction"}
 CURVES = {
-    "lambda, of what adds task vectors": (
-        "task_arithmetic",
-        "dare_linear",
-        "dare_ties",
-        "breadcrumbs_ties",
-        "tsv",
-        "iso_c",
-        "wudi",
-    ),
-    "lambda of what averages, density of what chooses": ("ties", "della", "consensus", "localize", "pcb"),
-    "share of the first skill, or t": ("linear", "slerp", "nuslerp", "multislerp", "geometric_median"),
+    "lambda": ("task_arithmetic", "dare_linear", "ties", "della", "consensus"),
+    "lambda, singular directions": ("task_arithmetic", "tsv", "iso_c", "iso_cts", "wudi"),
+    "share of entries kept": ("localize", "pcb", "sce"),
+    "share of the first skill": ("linear", "nuslerp", "multislerp", "geometric_median"),
 }
 """Each panel's axis and its methods."""
-LINES = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+LINES = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -96,9 +91,8 @@ def _scores(groups: Mapping[str, Any]) -> Any:
         for one in group["single"]:
             if one["model"] != "base":
                 axes.axvline(one["score"], color="0.6", linewidth=0.8, linestyle=":")
-        rows = {row["method"]: row for row in group["rows"]}
-        if "task_arithmetic" in rows:
-            axes.axvline(rows["task_arithmetic"]["score"], color="black", linewidth=0.8, linestyle="--")
+        yardstick = next(row for row in group["rows"] if row["yardstick"])
+        axes.axvline(yardstick["score"], color="black", linewidth=0.8, linestyle="--")
         best = max(row["score"] + row["error"] for row in group["rows"])
         axes.set_xlim(max(-0.05, min(row["score"] for row in group["rows"]) - 0.1), min(1.1, best + 0.05))
         axes.set_title(_title(name))
@@ -111,7 +105,7 @@ def _scores(groups: Mapping[str, Any]) -> Any:
     ]
     handles += [
         plt.Line2D([], [], color="0.3", marker="|", markersize=9, linestyle="", label="at the defaults"),
-        plt.Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="task_arithmetic"),
+        plt.Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="the best weighted sum"),
         plt.Line2D([], [], color="0.6", linewidth=0.8, linestyle=":", label="the experts, unmerged"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=9)
@@ -124,7 +118,8 @@ def _strength(groups: Mapping[str, Any]) -> Any:
     figure, panels = plt.subplots(
         len(groups),
         len(CURVES),
-        figsize=(4.0 * len(CURVES), 0.6 + 2.5 * len(groups)),
+        figsize=(3.2 * len(CURVES), 1.1 + 2.1 * len(groups)),
+        sharex="col",
         squeeze=False,
         layout="constrained",
     )
@@ -134,56 +129,89 @@ def _strength(groups: Mapping[str, Any]) -> Any:
                 if method in group["curves"]:
                     x, y = zip(*group["curves"][method]["points"], strict=True)
                     axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.2, label=method)
-            axes.set_ylim(-0.05, 1.05)
+            axes.set_ylim(-0.25, 1.05)
             if row is panels[-1]:
                 axes.set_xlabel(axis)
         row[0].set_ylabel(f"{_title(name)}\nscore")
     for column in panels.T:
         if labels := column[0].get_legend_handles_labels()[0]:
-            column[0].legend(handles=labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8.5)
-    figure.suptitle("Score against the strength of a merge, on the half of the data that chooses it")
+            column[0].legend(
+                handles=labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8.5, columnspacing=1
+            )
+    figure.suptitle(
+        "Score against the strength of a merge, on the data that chooses it (scores below −0.25 are not shown)"
+    )
     return figure
 
 
 def _cost(groups: Mapping[str, Any]) -> Any:
-    """Of the group with the most skills: CPU seconds of a merge against its score."""
+    """Of the group with the most skills: the score against CPU seconds of a merge, and against the loss of general text."""
     name = max(groups, key=lambda group: group.count("+"))
     rows = [row for row in groups[name]["rows"] if row["family"] != "no merge"]
-    figure, axes = plt.subplots(figsize=(8.4, 5.2), layout="constrained")
-    for family in COLOURS:
-        mine = [row for row in rows if row["family"] == family]
-        if mine:
-            x, y = [row["seconds"] for row in mine], [row["score"] for row in mine]
-            axes.scatter(x, y, color=COLOURS[family], marker=MARKERS[family], s=42, label=family, zorder=3)
-    _label(axes, [(row["seconds"], row["score"], row["method"], COLOURS[row["family"]]) for row in rows])
-    axes.set_xscale("log")
-    axes.set_xlabel("CPU seconds of one merge, one worker (log scale)")
-    axes.set_ylabel(f"score: {_title(name)}")
-    axes.set_title(f"Cost and score of a merge of {name.count('+') + 1} models of 1.4 M parameters")
-    axes.legend(loc="lower right", fontsize=9)
+    columns = {"seconds": "CPU seconds of one merge, one worker (log scale)"}
+    if all(row["lost"] is not None for row in rows):
+        columns["lost"] = "bits per byte lost on general text, beside the base"
+    figure, panels = plt.subplots(
+        1, len(columns), figsize=(7.4 * len(columns), 5.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    yardstick = next((row for row in rows if row["yardstick"]), None)
+    for axes, (column, label) in zip(panels[0], columns.items(), strict=True):
+        for family in COLOURS:
+            mine = [(row[column], row["score"]) for row in rows if row["family"] == family]
+            if mine:
+                axes.scatter(
+                    *zip(*mine, strict=True), color=COLOURS[family], marker=MARKERS[family], s=42, label=family
+                )
+        if yardstick is not None:
+            axes.axhline(
+                yardstick["score"], color="black", linewidth=0.8, linestyle="--", label="the best weighted sum"
+            )
+        places = [row[column] for row in rows]
+        if column == "seconds":
+            axes.set_xscale("log")
+            axes.set_xlim(0.8 * min(places), 2.2 * max(places))
+            ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2) if min(places) <= tick <= 2 * max(places)]
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+        else:
+            axes.set_xlim(min(0.0, *places) - 0.01, 1.2 * max(places))
+        axes.set_xlabel(label)
+    low, high = min(row["score"] for row in rows), max(row["score"] for row in rows)
+    panels[0][0].set_ylim(low - 0.06 * (high - low), high + 0.08 * (high - low))
+    panels[0][0].set_ylabel(f"score: {_title(name)}")
+    handles = panels[0][0].get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4 * len(columns), fontsize=9)
+    figure.suptitle(f"Score, cost and side effect of merges of {name.count('+') + 1} models of 1.4 M parameters")
+    figure.canvas.draw()
+    for axes, column in zip(panels[0], columns, strict=True):
+        _label(axes, [(row[column], row["score"], row["method"], COLOURS[row["family"]]) for row in rows])
     return figure
 
 
 def _label(axes: Any, points: list[tuple[float, float, str, str]]) -> None:
-    """Names beside their points, moved up or down until none lies on another (in points of the page)."""
-    axes.set_xscale("log")
-    low, high = min(y for _, y, *_ in points), max(y for _, y, *_ in points)
-    axes.set_ylim(low - 0.06 * (high - low), high + 0.08 * (high - low))
-    axes.set_xlim(0.8 * min(x for x, *_ in points), 2.0 * max(x for x, *_ in points))
-    axes.figure.canvas.draw()
-    placed: list[Any] = []
+    """Names beside their points, moved until none lies on another name or point; moves are in points of the page."""
+    moves = [(right, rise) for right in (6, -7, 30, -30, 60) for rise in range(-60, 61, 3)]
+    tried = sorted(moves, key=lambda move: abs(move[0]) + abs(move[1]))
+    placed: list[Bbox] = []
+    for x, y, *_ in points:
+        place = axes.transData.transform((x, y))
+        placed.append(Bbox([place - 6, place + 6]))
     for x, y, name, colour in sorted(points, key=lambda point: -point[1]):
-        for rise in sorted(range(-120, 121, 3), key=abs):
+        for right, rise in tried:
+            far = abs(right) > 7 or abs(rise) > 9
             text = axes.annotate(
                 name,
                 (x, y),
-                xytext=(6, rise - 3),
+                xytext=(right, rise),
                 textcoords="offset points",
+                horizontalalignment="left" if right > 0 else "right",
+                verticalalignment="center",
                 fontsize=7.5,
                 color=colour,
-                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.6} if rise else None,
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.7} if far else None,
             )
-            box = text.get_window_extent()
+            text.update_positions(axes.figure.canvas.get_renderer())
+            box = Text.get_window_extent(text)  # an annotation's own has its line in it
             if not any(box.overlaps(other) for other in placed):
                 placed.append(box)
                 break

@@ -12,11 +12,13 @@ from scoring import Measured, resampled, score, shares
 from study import GENERAL, SEEDS, SINGLE, Run, Study
 from sweeps import SWEEPS, Sweep
 
-YARDSTICK = "task_arithmetic"
-"""What methods are compared with, or else the first that is measured: one addition a model, one number to choose."""
+YARDSTICKS = ("linear", "task_arithmetic")
+"""The better of these on dev is what all are compared with: weighted sums, with one number to choose."""
 DRAWS = 1000
 CLEAR = 2.0
 """Standard errors from which a difference counts as seen."""
+LEAST = 0.0005
+"""What a table rounds away is no difference, however sure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Row:
         """Whether it is seen to be better or worse than the yardstick."""
         if self.yardstick:
             return "yardstick"
-        if abs(self.difference) < CLEAR * self.difference_error:
+        if abs(self.difference) < max(CLEAR * self.difference_error, LEAST):
             return "same"
         return "better" if self.difference > 0 else "worse"
 
@@ -58,8 +60,8 @@ def group_rows(study: Study, group: Sequence[str], sweeps: Sequence[Sweep] = SWE
     """All methods of a group, the best first."""
     base, experts = study.references(group, "test")
     picks = _picks({task: values.size for task, values in {**base.bits, **base.right}.items()})
-    titles = [sweep.title for sweep in sweeps]
-    yardstick = sweeps[titles.index(YARDSTICK) if YARDSTICK in titles else 0]
+    cheap = [sweep for sweep in sweeps if sweep.title in YARDSTICKS] or list(sweeps[:1])
+    yardstick = max(cheap, key=lambda sweep: _dev(study, group, _chosen_runs(study, group, sweep)[0]))
     against = _drawn(_chosen_runs(study, group, yardstick), base, experts, picks)
     rows = []
     for sweep in sweeps:
