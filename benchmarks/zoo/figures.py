@@ -145,7 +145,7 @@ def _strength(groups: Mapping[str, Any]) -> Any:
 
 
 def _cost(groups: Mapping[str, Any]) -> Any:
-    """Of the group with the most skills: the score against CPU seconds of a merge, and against the loss of general text."""
+    """Of the group with the most skills: score against CPU seconds of a merge, and against the loss on general text."""
     name = max(groups, key=lambda group: group.count("+"))
     rows = [row for row in groups[name]["rows"] if row["family"] != "no merge"]
     columns = {"seconds": "CPU seconds of one merge, one worker (log scale)"}
