@@ -130,9 +130,9 @@ def _strength(groups: Mapping[str, Any]) -> Any:
                     x, y = zip(*group["curves"][method]["points"], strict=True)
                     axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.2, label=method)
             axes.set_ylim(-0.25, 1.05)
-            if row is panels[-1]:
-                axes.set_xlabel(axis)
         row[0].set_ylabel(f"{_title(name)}\nscore")
+    for axes, axis in zip(panels[-1], CURVES, strict=True):
+        axes.set_xlabel(axis)
     for column in panels.T:
         if labels := column[0].get_legend_handles_labels()[0]:
             column[0].legend(
