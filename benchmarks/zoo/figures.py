@@ -124,7 +124,7 @@ def _strength(groups: Mapping[str, Any]) -> Any:
         layout="constrained",
     )
     for row, (name, group) in zip(panels, groups.items(), strict=True):
-        for axes, (axis, methods) in zip(row, CURVES.items(), strict=True):
+        for axes, methods in zip(row, CURVES.values(), strict=True):
             for method, colour, marker in zip(methods, LINES, "osD^vPX", strict=False):
                 if method in group["curves"]:
                     x, y = zip(*group["curves"][method]["points"], strict=True)
