@@ -45,7 +45,7 @@ class Measured:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "bits": {name: [round(float(one), 5) for one in values] for name, values in self.bits.items()},
+            "bits": {name: [float(one) for one in values] for name, values in self.bits.items()},
             "right": {name: "".join("01"[int(one)] for one in values) for name, values in self.right.items()},
         }
 
@@ -116,7 +116,9 @@ class Zoo:
         windows, tokens_per_byte = self.windows[name]
         chosen = windows[[i for i in range(len(windows)) if (i % 3 == 0) == (split == "dev")]]
         means = [evaluate.bits(self.model, chosen[i : i + BATCH]).mean(axis=1) for i in range(0, len(chosen), BATCH)]
-        return np.concatenate(means) * tokens_per_byte
+        return np.round(
+            np.concatenate(means) * tokens_per_byte, 5
+        )  # as they are kept, so that going on changes nothing
 
     def _right(self, name: str, split: str) -> NDArray[np.bool_]:
         asked, solved = self.problems[name][: -evaluate.SHOTS], self.problems[name][-evaluate.SHOTS :]
