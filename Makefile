@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint sweep faults kills mutants fuzz bench curves clean
+.PHONY: demo test lint sweep faults kills mutants fuzz bench curves zoo clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -51,6 +51,12 @@ endif
 curves: $(VENV)/.bench
 	$(BIN)/python benchmarks/sweep.py --folder $(FOLDER) --rounds $(ROUNDS)
 
+# All methods on tiny trained models: what a merge keeps of its experts' skills. ZOO has the law and the addition expert.
+ZOO ?= examples/zoo
+RESULTS ?= zoo-results
+zoo: $(VENV)/.bench $(VENV)/.demo
+	$(BIN)/python benchmarks/zoo/run.py --zoo $(ZOO) --out $(RESULTS) $(if $(PAGE),--page $(PAGE))
+
 # Headers and indexes against the safetensors library, a million inputs each; atheris has an environment of its own.
 RUNS ?= 1000000
 FUZZ := .venv-fuzz
@@ -79,4 +85,4 @@ $(FUZZ)/.done: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(FUZZ) examples/out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FUZZ) examples/out zoo-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

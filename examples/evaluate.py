@@ -45,34 +45,40 @@ def evaluate(folder: str | Path, *, data: Path = EVAL) -> Scores:
     return Scores(law=bits_per_byte(model, tokenizer, text), addition=exact_match(model, tokenizer, problems))
 
 
-def bits_per_byte(model: TinyLlama, tokenizer: Tokenizer, text: str) -> float:
-    """Mean -log2 p(token | tokens before it in its window), times the tokens per byte of `text`."""
+def bits_per_byte(model: TinyLlama, tokenizer: Tokenizer, text: str, *, windows: int = WINDOWS) -> float:
+    """Mean -log2 p(token | tokens before it) in the first windows, times the tokens per byte of the whole text."""
     tokens = np.array(tokenizer.encode(text, add_special_tokens=False).ids)
-    count = min(WINDOWS, len(tokens) // WINDOW)
-    windows = tokens[: count * WINDOW].reshape(count, WINDOW)
-    bits = np.concatenate([_bits(model, windows[i : i + 8]) for i in range(0, count, 8)])  # 8 at once fit a cache
-    return float(bits.mean() * len(tokens) / len(text.encode()))
+    count = min(windows, len(tokens) // WINDOW)
+    cut = tokens[: count * WINDOW].reshape(count, WINDOW)
+    scored = np.concatenate([bits(model, cut[i : i + 8]) for i in range(0, count, 8)])  # 8 at once fit a cache
+    return float(scored.mean() * len(tokens) / len(text.encode()))
 
 
-def _bits(model: TinyLlama, windows: Array) -> Array:
+def bits(model: TinyLlama, windows: Array) -> Array:
     """-log2 p of each token but the first of each window: [n, t] -> [n, t - 1] float64."""
     logits = model.logits(windows)[:, :-1]
     chosen = np.take_along_axis(logits, windows[:, 1:, None], axis=-1)[..., 0]
     highest = logits.max(-1)
     total = np.exp(logits - highest[..., None]).sum(-1, dtype=np.float64)
-    bits: Array = (np.log(total) + highest - chosen) / np.log(2)
-    return bits
+    surprise: Array = (np.log(total) + highest - chosen) / np.log(2)
+    return surprise
 
 
 def exact_match(model: TinyLlama, tokenizer: Tokenizer, problems: list[dict[str, str]]) -> float:
     """Share of the first problems answered exactly, after a prompt of the last ones, solved."""
-    solved = "".join(f"{problem['prompt']} {problem['answer']}\n" for problem in problems[-SHOTS:])
-    asked = problems[:PROBLEMS]
-    prompts = [tokenizer.encode(solved + p["prompt"], add_special_tokens=False).ids for p in asked]
+    correct = answered(model, tokenizer, problems[:PROBLEMS], solved=problems[-SHOTS:])
+    return sum(correct) / len(correct)
+
+
+def answered(
+    model: TinyLlama, tokenizer: Tokenizer, asked: list[dict[str, str]], *, solved: list[dict[str, str]]
+) -> list[bool]:
+    """Whether each problem is answered exactly, after a prompt of the `solved` ones."""
+    before = "".join(f"{problem['prompt']} {problem['answer']}\n" for problem in solved)
+    prompts = [tokenizer.encode(before + p["prompt"], add_special_tokens=False).ids for p in asked]
     line_end = {i for piece, i in tokenizer.get_vocab().items() if "Ċ" in piece}  # a newline in byte-level BPE
     answers = model.greedy(prompts, stop=line_end, most=LONGEST_ANSWER)
-    correct = [tokenizer.decode(a).strip() == p["answer"] for a, p in zip(answers, asked, strict=True)]
-    return sum(correct) / len(correct)
+    return [tokenizer.decode(a).strip() == p["answer"] for a, p in zip(answers, asked, strict=True)]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ e head size. Everything is float32.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,15 @@ class TinyLlama:
         self.epsilon: float = config["rms_norm_eps"]
         powers = np.arange(0, self.head_size, 2) / self.head_size
         self.frequencies = float(rope["rope_theta"]) ** -powers  # [e/2], radians per position
+        self.tied: bool = config.get("tie_word_embeddings", False)
+        self.load(read_weights(folder))
 
-        weights = read_weights(folder)
+    def load(self, weights: Mapping[str, Array]) -> None:
+        """Take these weights, of the same shapes and names, in place of those it had."""
         self.norms = {name: tensor for name, tensor in weights.items() if tensor.ndim == 1}
         self.embedding = weights["model.embed_tokens.weight"]  # [vocabulary, d]
-        if config.get("tie_word_embeddings", False) or "lm_head.weight" not in weights:
-            weights["lm_head.weight"] = self.embedding
+        if self.tied or "lm_head.weight" not in weights:
+            weights = {**weights, "lm_head.weight": self.embedding}
         # Linear layers are stored [out, in] and applied as x @ w.T; transposed once, here.
         self.matrices = {name: np.ascontiguousarray(w.T) for name, w in weights.items() if w.ndim == 2}
 

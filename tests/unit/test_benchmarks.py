@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ZOO = BENCHMARKS.parent / "examples" / "zoo"
 
 
 def command(program: str, *arguments: str | Path) -> list[str]:
@@ -117,3 +118,65 @@ def test_candidates(tmp_path: Path) -> None:
         assert len(row) == len(head)
         assert float(row[head.index("s a merge")]) > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def zoo(folder: Path, *arguments: str) -> list[str]:
+    """The zoo study at its least size, on the models of examples/."""
+    options = ("--only", "linear,dare_ties", "--windows", "9", "--problems", "14", "--no-figures")
+    places = ("--zoo", ZOO, "--state", folder / "state.jsonl", "--out", folder, "--page", folder / "page.md")
+    return ran("zoo/run.py", *places, *options, *arguments)
+
+
+def test_zoo(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- tables: legal-math -->\nold\n<!-- end -->\nafter\n", encoding="utf-8")
+    lines = zoo(tmp_path)
+    assert any(line.startswith("left out: legal + minus") for line in lines)
+    results = json.loads((tmp_path / "zoo.json").read_text(encoding="utf-8"))
+    assert list(results["groups"]) == ["legal + math"]
+    group = results["groups"]["legal + math"]
+    single = {row["model"]: row["shares"] for row in group["single"]}
+    assert (single["base"]["legal"], single["legal"]["legal"], single["math"]["math"]) == (0, 1, 1)
+    found = {row["method"]: row for row in group["rows"]}
+    assert 0 < found["linear"]["shares"]["legal"] < 1  # between the base and the expert, whatever the setting
+    assert found["linear"]["spread"] is None
+    assert found["dare_ties"]["spread"] is not None  # three seeds, of which each drops other entries
+    assert found["dare_ties"]["default_setting"] == "defaults"  # which drop nothing, so that they are not chosen
+    assert [x for x, _ in group["curves"]["linear"]["points"]] == [0.2, 0.35, 0.5, 0.65, 0.8]
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert "old" not in text
+    assert {"linear", "dare_ties", "*legal*"} <= {row[0] for row in rows(text.splitlines())}
+
+
+def test_zoo_goes_on_and_refuses_results_of_other_data(tmp_path: Path) -> None:
+    (tmp_path / "page.md").touch()
+    zoo(tmp_path)
+    state, whole = tmp_path / "state.jsonl", (tmp_path / "state.jsonl").read_text(encoding="utf-8").splitlines()
+    first = (tmp_path / "zoo.json").read_text(encoding="utf-8")
+    state.write_text("\n".join(whole[:-4]) + "\n", encoding="utf-8")
+    zoo(tmp_path)
+    assert [_without_time(line) for line in state.read_text(encoding="utf-8").splitlines()] == [
+        _without_time(line) for line in whole
+    ]
+    again = json.loads((tmp_path / "zoo.json").read_text(encoding="utf-8"))["groups"]["legal + math"]["rows"]
+    before = json.loads(first)["groups"]["legal + math"]["rows"]
+    assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in before]
+    other = command("zoo/run.py", "--zoo", ZOO, "--state", state, "--out", tmp_path, "--windows", "12", "--no-figures")
+    done = subprocess.run(other, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "results of other models or data" in done.stderr
+
+
+def _without_time(line: str) -> dict[str, object]:
+    return json.loads(line) | {"seconds": None}
+
+
+def test_zoo_figures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "page.md").touch()
+    zoo(tmp_path)
+    drawn = ran("zoo/figures.py", tmp_path)
+    assert [Path(path).name for path in drawn] == ["zoo.png", "zoo-strength.png", "zoo-cost.png"]
+    assert all(Path(path).stat().st_size > 5000 for path in drawn)
