@@ -15,7 +15,7 @@ from smelt import keeping
 from smelt.engine.backends import CPU, Backend, check_name, choose
 from smelt.engine.copying import Known
 from smelt.engine.forecast import Within, forecast, within
-from smelt.engine.inputs import Placed
+from smelt.engine.inputs import lies_in_files
 from smelt.engine.nesting import Step, further_models, open_steps, with_steps
 from smelt.engine.run import check_equal, run
 from smelt.engine.tensor import TensorResult
@@ -176,7 +176,7 @@ def planned(
         raise RecipeError(_strictly(len(plan.warnings)), where=list(plan.warnings))
     tokenizer = next(model for model in opened.values() if model.name == plan.tokenizer)
     within_it = Within({step.name: step.plan for step in steps}, {name: one.there for name, one in kept.items()})
-    placed = {model.name for model in opened.values() if isinstance(model.source, Placed)}
+    placed = {model.name for model in opened.values() if lies_in_files(model.source)}
     in_files = {i for i, model in enumerate(plan.models) if model.published in placed}
     if memory is None:
         cost = forecast(plan, workers=workers, tile=tile, device=device, merges=within_it, in_files=in_files)

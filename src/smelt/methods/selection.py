@@ -208,6 +208,8 @@ class KthLargest(_RadixSelect):
     def __init__(self, *, scope: str, size: int) -> None:
         super().__init__(scope=scope, size=size)
         self.brackets: Any = None
+        self.keeps_all = False
+        """Set before the first pass of a small tensor: it keeps all keys, and that pass is the only one."""
 
     def guess(self, values: tuple[Array, Array]) -> None:
         """Place a bracket around each cut, from a sample in chunks of the tensor: numbers [n, chunks, ...], counts.
@@ -256,7 +258,15 @@ class KthLargest(_RadixSelect):
         kept = sum(keys.size for row in inside for keys in row)
         return Between(counts.reshape(len(above), -1), above, [[[keys] for keys in row] for row in inside], kept)
 
+    def all_of(self, counts: Array, keys: Array) -> Between:
+        """A partial result from all keys of each row."""
+        shape = counts.reshape(len(keys), -1).shape
+        return self.found(counts, np.zeros(shape, np.int64), [[row] * shape[1] for row in keys])
+
     def partial(self, values: tuple[Array, Array]) -> Any:
+        if self.keeps_all:
+            numbers, counts = (np.asarray(part) for part in values)
+            return self.all_of(counts, np.ascontiguousarray(numbers).view(np.uint32).reshape(len(numbers), -1))
         return super().partial(values) if self.brackets is None else self.between(values)
 
     def fold(self, total: Any, partial: Any) -> Any:

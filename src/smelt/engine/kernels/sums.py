@@ -242,6 +242,8 @@ def _gram(given: Given, kernel: Any, k: int) -> Any:
 
 def cut_partial(reducer: KthLargest, values: Any, block: int) -> Any:
     """As `KthLargest.partial`."""
+    if reducer.keeps_all:
+        return reducer.partial(values)
     numbers, counts = (np.asarray(part) for part in values)
     rows = np.ascontiguousarray(numbers).view(np.uint32).reshape(len(numbers), -1)
     if reducer.brackets is not None:

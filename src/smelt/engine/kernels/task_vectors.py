@@ -331,11 +331,27 @@ def _keep_magnitudes(files: Any, stored: Any, size: int, brackets: Any, room: An
                     above[i, k] += more
 
 
+@JIT
+def _all_magnitudes(files: Any, stored: Any, size: int, out: Any) -> None:
+    """The bits of all abs(d_i), uint32 [n, size]."""
+    for low in range(0, size, PIECE):
+        high = min(low + PIECE, size)
+        at = fetch(files, stored, low, high)
+        for i in range(len(stored) - 1):
+            for j in range(high - low):
+                delta = np.float32(widen(stored[i][at + j]) - widen(stored[-1][at + j]))
+                out[i, low + j] = np.uint32(delta.view(np.uint32) & np.uint32(0x7FFFFFFF))
+
+
 def largest(method: Any, given: Given, reducer: Any) -> Any:
     """The partial result of KthLargest over abs(d_i)."""
     if (fed := feed(given)) is None:
         return None
     counts = given.once("counts to keep", lambda: counts_to_keep(method.density, given["size"]))
+    if reducer.keeps_all:
+        keys = np.empty((given.models, given.count), dtype=np.uint32)
+        _all_magnitudes(*fed, given.count, keys)
+        return reducer.all_of(counts, keys)
     if reducer.brackets is not None:
         shape = (*reducer.brackets.shape[:2], given.count)
         kept = Kept(reducer, given.scratch.array("inside", shape, np.uint32))
