@@ -33,7 +33,7 @@ WHOLE = [name for name in NAMES if "model" in getattr(api.get(name).fields.get("
 BLOCK = 65536
 SHAPES: list[tuple[int, ...]] = [(70, 33), (501,), (), (0,), (3, 5, 7), (311, 521), (1,), (2,)]
 """Tensors of one model: one of several blocks among small ones, a number, and an empty one."""
-FLAGS = {"row_wise": False, "filter_wise": False, "nuslerp_flatten": True}
+FLAGS = {"filter_wise": False, "nuslerp_flatten": True}
 """What asks for rows or columns is left out where the whole model is asked for."""
 
 Tensors = dict[str, np.ndarray]
@@ -237,20 +237,25 @@ def test_it_is_something_else_than_each_tensor_for_itself(method: str) -> None:
     pytest.fail(f"{method}: granularity has no effect")
 
 
-@pytest.mark.parametrize(
-    ("method", "flag"),
-    [("pcb", "row_wise"), ("localize", "row_wise"), ("model_stock", "filter_wise"), ("geometric_median", "row_wise")],
-)
-def test_rows_by_either_name(method: str, flag: str) -> None:
-    info = api.get(method)
-    n, with_base = kinds(info)[-1]
-    models, base = tensors((64, 33), np.random.default_rng(1), n, [F32], steps=True)
-    given = base if with_base else None
-    rows = merge(method, models, given, values={"granularity": "row"})
-    assert rows.bits == merge(method, models, given, values={flag: True}).bits
-    assert rows.bits != merge(method, models, given, values={}).bits
-    with pytest.raises(ValueError, match=f"{flag} asks for each row"):
-        info.type(complete(info, {flag: True, "granularity": "model"}, n), models=n).check()
+@pytest.mark.parametrize("method", ["pcb", "localize", "model_stock", "geometric_median"])
+def test_each_row_by_itself(method: str) -> None:
+    """Rows differ from the tensor that they make; a tensor of one row does not."""
+    n, with_base = kinds(api.get(method))[-1]
+    for shape, same in (((64, 33), False), ((1, 2112), True)):
+        models, base = tensors(shape, np.random.default_rng(1), n, [F32], steps=True)
+        given = base if with_base else None
+        rows, whole = (merge(method, models, given, values={"granularity": one}).values for one in ("row", "tensor"))
+        assert np.allclose(rows, whole, rtol=1e-5) == same
+
+
+def test_rows_by_either_name() -> None:
+    info = api.get("model_stock")
+    models, base = tensors((64, 33), np.random.default_rng(1), 2, [F32], steps=True)
+    rows = merge("model_stock", models, base, values={"granularity": "row"})
+    assert rows.bits == merge("model_stock", models, base, values={"filter_wise": True}).bits
+    assert rows.bits != merge("model_stock", models, base, values={}).bits
+    with pytest.raises(ValueError, match="filter_wise asks for each row"):
+        info.type(complete(info, {"filter_wise": True, "granularity": "model"}, 2), models=2).check()
 
 
 @pytest.mark.parametrize("method", WHOLE)

@@ -144,7 +144,7 @@ def plain(value: Any, t: float) -> Any:
         high = min(low + 1, len(value) - 1)
         return (1 - (place - low)) * value[low] + (place - low) * value[high]
     if isinstance(value, str):
-        return {"yes": True, "no": False}[value] if value in ("yes", "no") else float(value)
+        return {"yes": True, "no": False}.get(value, value) if value.isalpha() else float(value)
     return value
 
 

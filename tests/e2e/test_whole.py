@@ -168,8 +168,8 @@ def test_all_that_differs_is_told(folder: Path) -> None:
         (ties(granularity=1), "`granularity` must be 'tensor' or 'model', not 1"),
         (ties(granularity=True), "`granularity` must be 'tensor' or 'model', not true"),
         (
-            TIES | {"merge_method": "localize", "parameters": {"row_wise": True, "granularity": "model"}},
-            "localize: row_wise asks for each row by itself, granularity for the whole model",
+            TIES | {"merge_method": "model_stock", "parameters": {"filter_wise": True, "granularity": "model"}},
+            "model_stock: filter_wise asks for each row by itself, granularity for the whole model",
         ),
         (
             {

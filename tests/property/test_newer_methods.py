@@ -65,12 +65,12 @@ def test_expo_goes_on_along_the_line() -> None:
     np.testing.assert_allclose(back, model, atol=1e-6)
 
 
-@pytest.mark.parametrize("row_wise", [False, True])
-def test_geometric_median_is_not_carried_away(row_wise: bool) -> None:
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_geometric_median_is_not_carried_away(granularity: str) -> None:
     """A model that goes to infinity moves the average as far, the median by less than the others' spread."""
     *sound, wild = moved(4)
     places = [
-        merge([*sound, (wild * np.float32(far)).astype(np.float32)], "geometric_median", row_wise=row_wise)
+        merge([*sound, (wild * np.float32(far)).astype(np.float32)], "geometric_median", granularity=granularity)
         for far in (1e2, 1e5)
     ]
     spread = max(np.linalg.norm(a.astype(np.float64) - b) for a in sound for b in sound)
@@ -137,18 +137,18 @@ def test_consensus_of_none_is_task_arithmetic() -> None:
     assert counts[5] < counts[1]
 
 
-@pytest.mark.parametrize("row_wise", [False, True])
-def test_pcb_balances_between_the_models(row_wise: bool) -> None:
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_pcb_balances_between_the_models(granularity: str) -> None:
     """Its coefficients sum to 1 at each entry, and the larger entry has the larger one."""
     models = moved(2)
-    got = merge(models, "pcb", zeros(), density=1.0, row_wise=row_wise)
+    got = merge(models, "pcb", zeros(), density=1.0, granularity=granularity)
     low, high = np.minimum(*models), np.maximum(*models)
     assert ((got >= low - 1e-6) & (got <= high + 1e-6)).all()
     apart = np.abs(models[0] - models[1]) > 0.3
     share = ((got - models[1]) / (models[0] - models[1]))[apart]
     larger = (np.abs(models[0]) - np.abs(models[1]))[apart]
     assert np.corrcoef(share, larger)[0, 1] > 0.7
-    doubled = merge([2 * model for model in models], "pcb", zeros(), density=1.0, row_wise=row_wise)
+    doubled = merge([2 * model for model in models], "pcb", zeros(), density=1.0, granularity=granularity)
     np.testing.assert_allclose(doubled, 2 * got, atol=1e-6)
 
 

@@ -41,7 +41,6 @@ def geometric_median(
     *,
     keep: Keep | None = None,
     weight: Sequence[float] | None = None,
-    row_wise: bool = False,
     max_iter: int = 100,
     tol: float = 1e-9,
     granularity: str = "tensor",
@@ -51,12 +50,11 @@ def geometric_median(
     A distance counts as 1e-6 of the largest distance between two models at least. ValueError for negative weights, and
     where all are 0.
     """
-    row_wise = row_wise or granularity == "row"
     x = models64(models)
     w = np.asarray(per_model(weight, 1.0, len(x), "weight"))
     if w.min() < 0 or w.sum() == 0:
         raise ValueError("geometric_median: weights of 0 or more, not all 0")
-    vectors = np.stack([rows(v) if row_wise else v.reshape(1, v.size) for v in x])  # [n, rows, row length]
+    vectors = np.stack([rows(v) if granularity == "row" else v.reshape(1, v.size) for v in x])  # [n, rows, row length]
     found = [_median(vectors[:, r], w / w.sum(), max_iter, tol) for r in range(vectors.shape[1])]
     return np.asarray(found).reshape(x.shape[1:])
 

@@ -22,11 +22,11 @@ class _Drawn:
         return self.numbers.reshape(shape)
 
 
-def largest(score: Array, density: float, *, row_wise: bool, keep: Keep | None, model_index: int) -> NDArray[np.bool_]:
+def largest(score: Array, density: float, *, over_rows: bool, keep: Keep | None, model_index: int) -> NDArray[np.bool_]:
     """Mark the max(1, floor(density N)) largest scores of the tensor, or of each row; equals as in `keep_ranks`."""
     if density >= 1.0 or not score.size:
         return np.ones(score.shape, dtype=bool)
-    parts = rows(score) if row_wise else score.reshape(1, score.size)
+    parts = rows(score) if over_rows else score.reshape(1, score.size)
     drawn = uniform(keep, model_index, score.shape).reshape(parts.shape)
     count = max(1, math.floor(density * parts.shape[1])) if density > 0.0 else 0
     marked = [
@@ -42,15 +42,14 @@ def localize(
     *,
     keep: Keep | None = None,
     density: Sequence[float] | None = None,
-    row_wise: bool = False,
     lambda_: float = 1.0,
     granularity: str = "tensor",
 ) -> Array:
     """b + lambda times the mean, at each entry, of those d_i that are among their model's largest and not 0."""
-    row_wise = row_wise or granularity == "row"
+    over_rows = granularity == "row"
     d = deltas64(models, base, "localize")
     rho = per_model(density, 0.05, len(d), "density")
-    masks = [largest(np.abs(d[i]), rho[i], row_wise=row_wise, keep=keep, model_index=i) for i in range(len(d))]
+    masks = [largest(np.abs(d[i]), rho[i], over_rows=over_rows, keep=keep, model_index=i) for i in range(len(d))]
     kept = np.where(np.stack(masks), d, 0.0)
     overlap = np.sum(kept != 0.0, axis=0)
     return np.asarray(tensor64(base, "localize") + lambda_ * np.sum(kept, axis=0) / np.maximum(overlap, 1))
@@ -86,7 +85,6 @@ def pcb(
     *,
     keep: Keep | None = None,
     density: Sequence[float] | None = None,
-    row_wise: bool = False,
     lambda_: float = 1.0,
     granularity: str = "tensor",
 ) -> Array:
@@ -95,20 +93,20 @@ def pcb(
     Only the largest beta_i of each model count. norm maps least to 0 and largest to 1 (all to 0 where they are equal),
     over the tensor or over each row, as softmax does.
     """
-    row_wise = row_wise or granularity == "row"
+    over_rows = granularity == "row"
     d = deltas64(models, base, "pcb")
     b = tensor64(base, "pcb")
     n = len(d)
     if not b.size:
         return b
     rho = per_model(density, 0.1, n, "density")
-    parts = np.stack([rows(v) if row_wise else v.reshape(1, v.size) for v in d])
+    parts = np.stack([rows(v) if over_rows else v.reshape(1, v.size) for v in d])
     beta = np.empty_like(parts)
     for i in range(n):
         inter = [_softmax(_norm(parts[i] * parts[j]), 1) for j in range(n)]
         beta[i] = _softmax(_norm(parts[i] * parts[i]), n) * np.sum(inter, axis=0)
     beta = beta.reshape(d.shape)
-    kept = [largest(beta[i], rho[i], row_wise=row_wise, keep=keep, model_index=i) for i in range(n)]
+    kept = [largest(beta[i], rho[i], over_rows=over_rows, keep=keep, model_index=i) for i in range(n)]
     beta = np.where(np.stack(kept), beta, 0.0)
     divisor = np.sum(beta, axis=0)
     return np.asarray(b + lambda_ * np.sum(beta * d, axis=0) / np.where(divisor > 0.0, divisor, 1.0))

@@ -330,7 +330,7 @@ def test_geometric_median() -> None:
     np.testing.assert_allclose(merge("geometric_median", corner), [side, side], rtol=1e-6)
     expect(merge("geometric_median", corner, max_iter=0), [1 / 3, 1 / 3])
     expect(merge("geometric_median", corner, weight=[0, 1, 1], max_iter=0), [0.5, 0.5])
-    rows = merge("geometric_median", [[[0, 0], [5, 5]], [[1, 0], [5, 5]], [[0, 1], [5, 5]]], row_wise=True)
+    rows = merge("geometric_median", [[[0, 0], [5, 5]], [[1, 0], [5, 5]], [[0, 1], [5, 5]]], granularity="row")
     np.testing.assert_allclose(rows, [[side, side], [5, 5]], rtol=1e-6)
     for wrong in ([-1, 1, 1], [0, 0, 0]):
         with pytest.raises(ValueError, match="weights"):
@@ -342,7 +342,7 @@ def test_localize() -> None:
     expect(merge("localize", models, base, density=[0.5, 0.25], keep=Given(0.5, 0.5)), [4.5, 0, 3, 0])
     expect(merge("localize", models, base, density=[1, 0], lambda_=2.0, keep=Given(0.5, 0.5)), [10, 2, 6, 0])
     rows = [[[5, 1], [3, 0]], [[4, 1], [-2, 0]]]
-    halves = merge("localize", rows, np.zeros((2, 2)), density=[0.5, 0.5], row_wise=True, keep=Given(0.5, 0.5))
+    halves = merge("localize", rows, np.zeros((2, 2)), density=[0.5, 0.5], granularity="row", keep=Given(0.5, 0.5))
     expect(halves, [[4.5, 0], [0.5, 0]])
 
 

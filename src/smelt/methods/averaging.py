@@ -10,7 +10,7 @@ from smelt.methods.stages import weighted_sum
 _SOURCE = "Li et al. 2025, Model merging in pre-training, arXiv:2505.12082"
 
 
-@register("sma", source=_SOURCE)
+@register("sma", source=_SOURCE + ", Equation 3")
 class SimpleMovingAverage(Method):
     """Average the checkpoints of a training run, each as much as any other.
 
@@ -38,7 +38,7 @@ class SimpleMovingAverage(Method):
         return weighted_sum(x, coefficients)
 
 
-@register("wma", source=_SOURCE)
+@register("wma", source=_SOURCE + ", Equation 5")
 class WeightedMovingAverage(Method):
     """Average the checkpoints of a training run with weights that grow by the same step from each to the next.
 
@@ -47,8 +47,8 @@ class WeightedMovingAverage(Method):
 
     Use it as sma, where later checkpoints are worth more than earlier ones.
 
-    Note: list the checkpoints in the order in which they were saved, the oldest first. Any other weights are those of
-    linear.
+    Note: list the checkpoints in the order in which they were saved, the oldest first. The paper's equation takes any
+    weights, its experiments these; any others are those of linear.
 
     Example:
         merge_method: wma
@@ -66,7 +66,7 @@ class WeightedMovingAverage(Method):
         return weighted_sum(x, coefficients)
 
 
-@register("ema", source=_SOURCE)
+@register("ema", source=_SOURCE + ", Equation 4")
 class ExponentialMovingAverage(Method):
     """Average the checkpoints of a training run with weights that fall off from the latest to the first.
 
@@ -76,7 +76,8 @@ class ExponentialMovingAverage(Method):
     Use it as sma, for a long row of checkpoints of which the early ones should fade.
 
     Note: list the checkpoints in the order in which they were saved, the oldest first. The first has the weight
-    (1 − alpha)^(n−1), which may be more than those after it have.
+    (1 − alpha)^(n−1), which may be more than those after it have. So it is by the paper's Equation 4; the weights that
+    its section 4.2 names, alpha · (1 − alpha)^(n−i) for the first too, do not sum to 1.
 
     Example:
         merge_method: ema

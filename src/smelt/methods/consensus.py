@@ -20,7 +20,8 @@ class Consensus(Method):
     Use it as task_arithmetic for many models: entries that matter to one model alone (selfish weights) and to none
     (catastrophic weights) do more harm to the others than good.
 
-    Note: thresholds of 0.2 to 0.6 are common; a higher one makes a mask smaller. An agreement of 0 is task arithmetic.
+    Note: thresholds of 0.2 to 0.6 are common; a higher one makes a mask smaller. The authors choose each model's on
+    validation data, and all their weights are 1. An agreement of 0 is task arithmetic.
     The masks look at each entry by itself, so it is the same for tensors, rows and whole models. An entry that is
     NaN or infinite in a model is kept.
 

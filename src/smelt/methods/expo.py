@@ -8,7 +8,7 @@ from smelt.methods.api import Array, Method, derive, register, required, scalar
 from smelt.methods.stages import weighted_sum
 
 
-@register("expo", source="Zheng et al. 2024, Model extrapolation expedites alignment, arXiv:2404.16792")
+@register("expo", source="Zheng et al. 2024, Model extrapolation expedites alignment, arXiv:2404.16792, Equation 6")
 class Expo(Method):
     """Go beyond a model by a part of the way that training has taken it from the base.
 

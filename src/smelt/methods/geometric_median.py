@@ -6,7 +6,7 @@ from array_api_compat import array_namespace
 
 from smelt.methods.api import Array, Grain, Gram, Method, derive, per_model, reduce, register, scalar
 from smelt.methods.reducers import gram
-from smelt.methods.stages import OVER, check_rows, weighted_sum
+from smelt.methods.stages import OVER, weighted_sum
 
 _NEAR = 1e-6
 """Distances below this part of the models' spread count as so much: from inner products they have no digits left."""
@@ -25,7 +25,8 @@ class GeometricMedian(Method):
     they cannot carry the result away.
 
     Note: one point per tensor, per row (last dimension) with granularity: row, or as in the paper one for the whole
-    model with granularity: model: the shares then follow from the distances between whole models.
+    model with granularity: model: the shares then follow from the distances between whole models. The paper takes a
+    fixed ν (1e-6) and a few steps; here ν follows the distances, and the steps go on until the shares stand still.
     With a base, task vectors give the same point, so none is needed. Where an input holds NaN or infinity there are
     no distances, and y is the weighted average.
 
@@ -41,25 +42,19 @@ class GeometricMedian(Method):
     per_tensor = frozenset({"weight", "max_iter", "tol"})
 
     weight: Array = per_model(1.0, within="[0, inf)", doc="how much the distance to each model counts")
-    row_wise: bool = scalar(False, doc="one median per row (last dimension), not per tensor")
     max_iter: int = scalar(100, within="[0, inf)", doc="steps at most")
     tol: float = scalar(1e-9, within="[0, inf)", doc="stop when no model's share changes by more than this")
     granularity: str = OVER
 
     @property
     def grain(self) -> Grain:
-        return Grain.ROW if self.rows else Grain.ELEMENT
-
-    @property
-    def rows(self) -> bool:
-        return self.row_wise or self.granularity == "row"
+        return Grain.ROW if self.granularity == "row" else Grain.ELEMENT
 
     def check(self) -> None:
-        check_rows(self.granularity, self.row_wise)
         if float(self.weight.min()) < 0.0 or float(self.weight.sum()) == 0.0:
             raise ValueError("the weights must be 0 or more, and one of them more than 0", "give other weights")
 
-    @reduce(Gram, uses=(), when=lambda method: not method.rows)
+    @reduce(Gram, uses=(), when=lambda method: method.grain is not Grain.ROW)
     def products(self, x: Array) -> Array:
         return apart(x)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from smelt.methods.api import Array, Grain, KthLargest, Method, per_model, reduce, register, scalar
+from smelt.methods.api import Array, Grain, KthLargest, Method, per_model, reduce, register
 from smelt.methods.ram import average_active
 from smelt.methods.selection import Cut
-from smelt.methods.stages import LAMBDA, OVER, add_to_base, check_rows, counts_to_keep, cut_rows, trim
+from smelt.methods.stages import LAMBDA, OVER, add_to_base, counts_to_keep, cut_rows, trim
 
 
 @register("localize", source="He et al. 2024, Localize-and-Stitch, arXiv:2408.13656, without data")
@@ -20,8 +20,8 @@ class Localize(Method):
     hardly meet, and all other entries stay those of the base. A density of 0.01 to 0.1 is common.
 
     Note: one region per tensor, per row (last dimension) with granularity: row, or as in the paper one for the whole
-    model with granularity: model. With data the paper learns the regions, which is not done here. Entries that equal
-    the cut are kept with the probability that fills the count.
+    model with granularity: model. With data the paper learns the regions, which is not done here. It has no lambda: 1
+    is the paper's. Entries that equal the cut are kept with the probability that fills the count.
 
     Example:
         merge_method: localize
@@ -36,26 +36,22 @@ class Localize(Method):
     per_tensor = frozenset({"lambda"})
 
     density: Array = per_model(0.05, doc="share of entries in a model's region; 1 or more is all, 0 or less none")
-    row_wise: bool = scalar(False, doc="the share is kept in each row (last dimension), not in the tensor")
     lambda_: float = LAMBDA
     granularity: str = OVER
 
     @property
     def grain(self) -> Grain:
-        return Grain.ROW if self.rows else Grain.ELEMENT
+        return Grain.ROW if self.granularity == "row" else Grain.ELEMENT
 
-    @property
-    def rows(self) -> bool:
-        return self.row_wise or self.granularity == "row"
-
-    def check(self) -> None:
-        check_rows(self.granularity, self.row_wise)
-
-    @reduce(KthLargest, uses=("density",), when=lambda method: not method.rows and bool((method.density < 1.0).any()))
+    @reduce(
+        KthLargest,
+        uses=("density",),
+        when=lambda method: method.grain is not Grain.ROW and bool((method.density < 1.0).any()),
+    )
     def cut(self, deltas: Array, size: int) -> tuple[Array, Array]:
         return abs(deltas), counts_to_keep(self.density, size)
 
     def tile(self, base: Array, deltas: Array, cut: Cut | None, uniform: Array) -> Array:
-        if self.rows:
+        if self.grain is Grain.ROW:
             cut = cut_rows(abs(deltas), counts_to_keep(self.density, deltas.shape[-1]))
         return add_to_base(base, average_active(trim(deltas, cut, uniform), 0.0, None), self.lambda_)

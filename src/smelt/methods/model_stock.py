@@ -6,7 +6,7 @@ from array_api_compat import array_namespace
 
 from smelt.methods.api import Array, Grain, Gram, Method, derive, reduce, register, scalar
 from smelt.methods.reducers import gram
-from smelt.methods.stages import OVER, check_rows, weighted_sum
+from smelt.methods.stages import OVER, weighted_sum
 
 
 @register("model_stock", source="Jang et al. 2024, arXiv:2403.19522")
@@ -46,7 +46,9 @@ class ModelStock(Method):
         return self.filter_wise or self.granularity == "row"
 
     def check(self) -> None:
-        check_rows(self.granularity, self.filter_wise, name="filter_wise")
+        if self.filter_wise and self.granularity == "model":
+            what = "filter_wise asks for each row by itself, granularity for the whole model"
+            raise ValueError(what, "keep one of the two: `filter_wise: true` is `granularity: row`")
 
     @reduce(Gram, uses=(), when=lambda method: not method.rows)
     def products(self, deltas: Array) -> Array:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from array_api_compat import array_namespace
 
-from smelt.methods.api import Array, Grain, Method, Sum, derive, per_model, reduce, register, scalar
+from smelt.methods.api import Array, Grain, Method, Sum, derive, per_model, reduce, register
 from smelt.methods.reducers import Extremes
 from smelt.methods.selection import Cut, KthLargest64
-from smelt.methods.stages import LAMBDA, OVER, above_cut, add_to_base, check_rows, counts_to_keep, cut_rows
+from smelt.methods.stages import LAMBDA, OVER, above_cut, add_to_base, counts_to_keep, cut_rows
 
 
 @register("pcb", source="Du et al. 2024, Parameter competition balancing, arXiv:2410.02396, section 3")
@@ -41,30 +41,26 @@ class Pcb(Method):
     per_tensor = frozenset({"lambda"})
 
     density: Array = per_model(0.1, doc="share of entries kept, by their β; 1 or more keeps all, 0 or less none")
-    row_wise: bool = scalar(False, doc="scales, softmax and share are taken in each row (last dimension)")
     lambda_: float = LAMBDA
     granularity: str = OVER
 
     @property
     def grain(self) -> Grain:
-        return Grain.ROW if self.rows else Grain.ELEMENT
+        return Grain.ROW if self.granularity == "row" else Grain.ELEMENT
 
-    @property
-    def rows(self) -> bool:
-        return self.row_wise or self.granularity == "row"
-
-    def check(self) -> None:
-        check_rows(self.granularity, self.row_wise)
-
-    @reduce(Extremes, uses=(), when=lambda method: not method.rows)
+    @reduce(Extremes, uses=(), when=lambda method: method.grain is not Grain.ROW)
     def ranges(self, deltas: Array) -> Array:
         return products(deltas)
 
-    @reduce(Sum, uses=(), when=lambda method: not method.rows)
+    @reduce(Sum, uses=(), when=lambda method: method.grain is not Grain.ROW)
     def sums(self, deltas: Array, ranges: Array) -> Array:
         return powers(deltas, *_columns(ranges))
 
-    @reduce(KthLargest64, uses=("density",), when=lambda method: not method.rows and bool((method.density < 1.0).any()))
+    @reduce(
+        KthLargest64,
+        uses=("density",),
+        when=lambda method: method.grain is not Grain.ROW and bool((method.density < 1.0).any()),
+    )
     def cut(self, deltas: Array, ranges: Array, sums: Array, size: int) -> tuple[Array, Array]:
         return scores(powers(deltas, *_columns(ranges)), sums[:, None]), counts_to_keep(self.density, size)
 

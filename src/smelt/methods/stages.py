@@ -40,13 +40,6 @@ RESCALE_DOC = (
 )
 
 
-def check_rows(granularity: str, row_wise: bool, *, name: str = "row_wise") -> None:
-    """Raise ValueError (what, fix) where the older setting asks for rows and `granularity` for the whole model."""
-    if row_wise and granularity == "model":
-        what = f"{name} asks for each row by itself, granularity for the whole model"
-        raise ValueError(what, f"keep one of the two: `{name}: true` is `granularity: row`")
-
-
 def weighted_sum(vectors: Array, coefficients: Array, *, start: Array | None = None) -> Array:
     """start + Σ_i c_i v_i: vectors float32 [n, ...], coefficients float64 [n, ...] -> float32 [...]."""
     xp = array_namespace(vectors)

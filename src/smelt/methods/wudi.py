@@ -9,7 +9,9 @@ from smelt.methods.decomposition import DECOMPOSE, is_matrix, mean_of, svd, svd_
 from smelt.methods.stages import LAMBDA, add_to_base
 
 
-@register("wudi", source="Cheng et al. 2025, Whoever started the interference, arXiv:2503.08099, in closed form")
+@register(
+    "wudi", source="Cheng et al. 2025, Whoever started the interference, arXiv:2503.08099, Algorithm 1, in closed form"
+)
 class Wudi(Method):
     """Take the task vector that differs least from each task's on the inputs that task was trained on.
 
@@ -22,8 +24,9 @@ class Wudi(Method):
     Use it for several fine-tunes whose layers see different inputs: each keeps its own answers on its own inputs, and
     no weight has to be chosen.
 
-    Note: the paper descends the first term alone from Σ d_i with Adam, for 300 steps, which stops far from its minimum;
-    the second term holds on to Σ d_i instead. With ridge: 0 it is the plain minimum (⁺ for ⁻¹: directions with
+    Note: Algorithm 1 descends the first term alone from Σ d_i with Adam, for 300 steps, which stops far from its
+    minimum; the second term holds on to Σ d_i instead. The closed form of the paper's appendix holds on to each d_i,
+    with ω Σ ‖τ − d_i‖² / ‖d_i‖² in its place. With ridge: 0 it is the plain minimum (⁺ for ⁻¹: directions with
     σ ≤ σ_1 · 2⁻²³ times the longer side are left out), which stretches directions in which the tasks differ by little:
     small models that were tried came out ruined. Matrices are taken as [outputs, inputs], which they are nearly
     everywhere (not in GPT-2). Tensors that are no matrices (norms, biases, convolutions) get the mean,

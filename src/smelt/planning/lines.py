@@ -1,7 +1,9 @@
 """LiNeS: a merged task vector scaled by the depth of the layer, less near the input and more near the output.
 
-Wang et al. 2024, LiNeS, arXiv:2410.17146: λ(ℓ) = α + β (ℓ − 1) / (L − 1) for layer ℓ = 1 … L. It is a factor
-on the `lambda` that a method multiplies its merged task vector by, so every method that has one can be switched to it.
+Wang et al. 2024, LiNeS, arXiv:2410.17146, section 4: λ(ℓ) = α + β (ℓ − 1) / (L − 1) for layer ℓ = 1 … L. It is a
+factor on the `lambda` that a method multiplies its merged task vector by, so every method that has one can be switched
+to it. The paper finds β by validation, and α for merges from the norms, ‖Σ d_i‖ / (n ‖τ‖), τ the merged task vector
+(Equation 2); here both are given.
 """
 
 from __future__ import annotations
