@@ -49,7 +49,7 @@ def test_an_unusable_output_is_told_before_any_model_is_opened(folder: Path) -> 
 
 def test_a_folder_that_cannot_be_written_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoilt(folder)
-    monkeypatch.setattr(files, "may_write", lambda path: False)
+    monkeypatch.setattr(files, "refuses_writes", lambda path: "Permission denied")
     refused(folder, linear("m0", "m1"), code=STORAGE, says=["the output's folder cannot be written to"])
 
 

@@ -181,10 +181,8 @@ def read_bytes(path: StrPath, *, limit: int) -> bytes:
     """The whole content of a small file. Raises InputError when it has more than `limit` bytes."""
     with open_read(path) as file:
         if file.size > limit:
-            raise InputError(
-                f"the file is too large: {size_text(file.size)}, at most {size_text(limit)} are allowed",
-                where=[str(path)],
-            )
+            too_large = f"the file is too large: {size_text(file.size)}, at most {size_text(limit)} are allowed"
+            raise InputError(too_large, where=[str(path)])
         content = bytearray(file.size)
         file.read_into(0, content)
     return bytes(content)
@@ -388,9 +386,11 @@ def remove_tree(path: StrPath) -> None:
     system("remove", path, _remove_tree, path)
 
 
-def may_write(folder: StrPath) -> bool:
-    """Whether files may be made in a folder, as far as permissions and the file system tell beforehand."""
-    return bool(system("look at", folder, os.access, folder, os.W_OK | os.X_OK))
+def refuses_writes(folder: StrPath) -> str:
+    """Why no file can be made in a folder, as far as that is known beforehand; else an empty text."""
+    if system("look at", folder, os.statvfs, folder).f_flag & os.ST_RDONLY:
+        return os.strerror(errno.EROFS)
+    return "" if system("look at", folder, os.access, folder, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
 
 
 def make_temporary_folder(prefix: str) -> Path:

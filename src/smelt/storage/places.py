@@ -194,9 +194,9 @@ def check_out(out: Path, *, overwrite: bool) -> None:
         folder = folder.parent
     if files.kind(folder) != "folder":
         raise StorageError("the output's parent is not a folder", where=[str(folder)], fix="choose another place")
-    if not files.may_write(folder):
+    if reason := files.refuses_writes(folder):
         raise StorageError(
-            "the output's folder cannot be written to",
+            f"the output's folder cannot be written to: {reason}",
             where=[str(folder)],
             fix="check the permissions, or choose another folder",
         )
