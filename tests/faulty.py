@@ -29,10 +29,14 @@ NEVER = -1
 
 
 class KillAt:
-    """Stands in for `files.system`: SIGKILL to this process at call `at`, before or after it takes place."""
+    """Stands in for `files.system`: SIGKILL to this process at call `at`, before or after it takes place.
 
-    def __init__(self, at: int, *, after: bool = False) -> None:
+    `within` restricts the count to calls on paths in which it stands.
+    """
+
+    def __init__(self, at: int, *, after: bool = False, within: str = "") -> None:
         self.at = at
+        self.within = within
         self.after = after
         self.calls: list[str] = []
         self._real = files.system
@@ -40,14 +44,17 @@ class KillAt:
 
     def __call__(self, what: str, path: Any, call: Callable[..., Any], *args: Any, needed: int = 0) -> Any:
         with self._lock:
-            number = len(self.calls)
-            self.calls.append(what)
-        if number == self.at and not self.after:
+            number = NEVER
+            if self.within in os.fspath(path):
+                number = len(self.calls)
+                self.calls.append(what)
+        fatal = number == self.at != NEVER
+        if fatal and not self.after:
             _die()
         try:
             return self._real(what, path, call, *args, needed=needed)
         finally:
-            if number == self.at:
+            if fatal:
                 _die()
 
 
@@ -128,8 +135,11 @@ class Ended:
     calls: int
 
 
-def forked(words: list[object], folder: Path, *, at: int = NEVER, after: bool = False) -> Ended:
-    """Run the command line in a child of this process, killed at file operation `at`; its output goes to `folder`."""
+def forked(words: list[object], folder: Path, *, at: int = NEVER, after: bool = False, within: str = "") -> Ended:
+    """Run the command line in a child of this process, killed at file operation `at`; its output goes to `folder`.
+
+    With `within`, operations count on paths in which that stands.
+    """
     paths = [folder / name for name in ("stdout", "stderr", "calls")]
     child = os.fork()
     if child == 0:
@@ -139,7 +149,7 @@ def forked(words: list[object], folder: Path, *, at: int = NEVER, after: bool = 
                 os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
             sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", encoding="utf-8") for number in (1, 2))
             journal.SYNC_BYTES = 0
-            kill = KillAt(at, after=after)
+            kill = KillAt(at, after=after, within=within)
             files.system = kill  # type: ignore[assignment]
             from smelt.cli.main import run
 

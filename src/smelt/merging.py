@@ -339,8 +339,12 @@ def merge(
             progress=progress,
             on_note=on_note,
         )
-        runs = carry_out_kept(prepared, stack, settings=settings)
-        done = _carry_out(prepared, out, shards, papers, settings=settings, overwrite=overwrite, claims=claims)
+        try:
+            runs = carry_out_kept(prepared, stack, settings=settings)
+            done = _carry_out(prepared, out, shards, papers, settings=settings, overwrite=overwrite, claims=claims)
+        except BaseException as error:
+            _say_kept(error, prepared)
+            raise
         runs.append(done)
     return MergeReport(
         out=out,
@@ -412,6 +416,14 @@ def carry_out_kept(prepared: Prepared, stack: ExitStack, *, settings: Settings) 
     return runs
 
 
+def _say_kept(error: BaseException, prepared: Prepared) -> None:
+    """Add to what ended a run which merges it has made and kept before: they stay."""
+    for step in prepared.steps:
+        kept = prepared.kept.get(step.name)
+        if kept is not None and not kept.there and not step.source.computed:
+            error.add_note(f"the merge `{step.name}` is finished, and kept in {kept.folder}")
+
+
 def _carry_out_step(step: Step, prepared: Prepared, folder: Path, *, settings: Settings) -> Done:
     """Write a merge of the recipe that is kept, as one by itself."""
     names = {text: model.name for text, model in prepared.opened.items()}
@@ -421,6 +433,9 @@ def _carry_out_step(step: Step, prepared: Prepared, folder: Path, *, settings: S
     )
     papers = papers_of(alone, name=step.name)
     shards = _step_layout(step, prepared.steps, settings.shard_bytes)
+    note = settings.on_note
+    if note is not None:
+        settings = replace(settings, on_note=lambda line: note(f"in the merge `{step.name}`: {line}"))
     return _carry_out(alone, folder, shards, papers, settings=settings, overwrite=True)
 
 

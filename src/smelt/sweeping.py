@@ -271,6 +271,8 @@ class _Sweep:
         try:
             refuse_overlap(one.folder, inputs)
             keeping.refuse_inside(one.folder, prepared.kept)
+            for kept in prepared.kept.values():
+                refuse_overlap(kept.folder, inputs)
             check_out(one.folder, overwrite=self._overwrite)
         except StorageError as error:
             return [error]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import inspect
 import io
 import json
 import os
@@ -62,6 +65,55 @@ def test_help_of_merge_names_every_option() -> None:
         "--json",
     ):
         assert option in text, option
+
+
+COMMANDS = ["merge", "sweep", "plan", "check", "methods", "schema", "verify", "clean"]
+FRAME = re.compile(r"[\u2500-\u257f]+")
+"""What tables are drawn with."""
+
+
+@functools.cache
+def help_of(name: str, columns: int) -> str:
+    """A help page for a terminal of this width, as one line of words without frames."""
+    text = process(*([name] if name else []), "--help", COLUMNS=str(columns), NO_COLOR="1", TERM="dumb").out
+    assert max(map(len, text.splitlines())) <= columns
+    return " ".join(FRAME.sub(" ", text).split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_pages_say_all_and_nothing_twice(name: str) -> None:
+    """The whole text of the command, every option with its own, and no default that is nothing."""
+    page = help_of(name, 10_000)
+    function = getattr(importlib.import_module(f"smelt.cli.{name}"), name)
+    text, _, options = inspect.getdoc(function).partition("\nParameters\n")
+    for words in (*text.split("\n\n"), *re.findall(r"^    .*(?:\n    .*)*", options, re.MULTILINE)):
+        assert unmarked(words) in page, words
+    written = {part.strip() for part in re.findall(r"^(\w+)$", options, re.MULTILINE)}
+    assert written == set(inspect.signature(function).parameters)
+    assert not re.search(r"\[default: (False|None|\[\]|\.)\]", page)
+    assert page.count("Usage: smelt") == 1
+    assert "[ARGS]" not in page
+    for parameter in inspect.signature(function).parameters.values():
+        if (
+            parameter.kind is parameter.KEYWORD_ONLY
+            and parameter.default in ("cpu", 0)
+            and parameter.default is not False
+        ):
+            assert f"[default: {parameter.default}]" in page
+    shown = smelt("--help").out
+    assert text.split("\n\n")[0].strip() in " ".join(FRAME.sub(" ", shown).split())  # as in the list of commands
+
+
+def unmarked(text: str) -> str:
+    """Text on one line, without the marks of code."""
+    return " ".join(text.replace("`", "").split())
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_is_cut_nowhere(name: str) -> None:
+    narrow, wide = help_of(name, 60), help_of(name, 10_000)
+    assert "\u2026" not in narrow
+    assert sorted(narrow.split()) == sorted(wide.split())
 
 
 def test_options_as_mergekit_writes_them(path: Path) -> None:

@@ -26,6 +26,7 @@ RECIPES = {
     "  r: {merge_method: slerp, base_model: m0, models: [{model: m1}], parameters: {t: 0.5}}\n",
     "slerp": "merge_method: slerp\nbase_model: m0\nmodels: [{model: m1}]\nparameters: {t: 0.5}\n",
 }
+KEPT = RECIPES["nested"].replace("  s: {", "  s: {keep: true, ")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,29 @@ def test_a_cap_is_kept(name: str, cap: int, models: Path, tmp_path: Path) -> Non
     peak, digests = merged(models, f"{name}.yml", tmp_path / "out", "--memory", f"{cap}MB", "--threads", "8")
     assert peak <= cap * 1e6
     assert digests == merged(models, f"{name}.yml", tmp_path / "free")[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the resident peak is read from /proc")
+def test_a_cap_is_kept_with_merges_within(models: Path, tmp_path: Path) -> None:
+    """Somewhat below what one thread would take: buffers are cut; the same numbers if a merge is kept or not."""
+
+    def planned(name: str, *more: str) -> dict[str, int]:
+        words = [sys.executable, "-m", "smelt", "plan", f"{name}.yml", "--json", *more]
+        done = subprocess.run(words, cwd=models, capture_output=True, check=True)
+        forecast: dict[str, int] = json.loads(done.stdout)["forecast"]
+        return forecast
+
+    digests = []
+    for name, text in (("nested", RECIPES["nested"]), ("kept", KEPT)):
+        (models / f"{name}.yml").write_text(text, encoding="utf-8")
+        cap = planned(name, "--threads", "1")["memory"] // 1_000_000 - 30
+        words = ("--threads", "8", "--memory", f"{cap}MB")
+        told = planned(name, *words)["memory"]
+        assert told <= cap * 1e6
+        peak, found = merged(models, f"{name}.yml", tmp_path / name, *words)
+        assert peak <= told
+        digests.append(found)
+    assert digests[0] == digests[1]
 
 
 def test_a_cap_that_is_too_small(models: Path, tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ What is missing here (strace, the right to mount) is skipped with its reason. No
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import factory
@@ -58,18 +60,23 @@ def run(words: list[str]) -> subprocess.CompletedProcess[str]:
 # --- errors that strace injects ---------------------------------------------------------------------------------------
 
 
-def strace(call: str, inject: str) -> list[str]:
-    """The words before a command that let its system calls fail; skips where strace cannot trace."""
+def strace(*faults: tuple[str, str], of: Path | None = None) -> list[str]:
+    """The words before a command that let its system calls fail, or those on one file; skips where strace cannot trace.
+
+    A fault is a call and what strace is to inject.
+    """
     if shutil.which("strace") is None:
         pytest.skip("there is no strace here")
     if run(["strace", "-qq", "-o", os.devnull, "true"]).returncode != 0:
         pytest.skip("strace may not trace here")
-    return ["strace", "-f", "-qq", "-o", os.devnull, "-e", f"trace={call}", "-e", f"inject={call}:{inject}"]
+    traced = ["strace", "-f", "-qq", "-o", os.devnull, "-e", f"trace={','.join(call for call, _ in faults)}"]
+    injected = [word for call, inject in faults for word in ("-e", f"inject={call}:{inject}")]
+    return [*traced, *injected, *(["-P", str(of)] if of is not None else [])]
 
 
 @pytest.mark.parametrize(("call", "inject", "says"), INJECTED, ids=lambda value: str(value).replace(" ", "_"))
 def test_an_injected_error(folder: Path, call: str, inject: str, says: str) -> None:
-    done = run([*strace(call, inject), *words(folder)])
+    done = run([*strace((call, inject)), *words(folder)])
     assert done.returncode == 4, (done.returncode, done.stderr)
     assert "error: cannot " in done.stderr
     assert says in done.stderr
@@ -80,7 +87,7 @@ def test_an_injected_error(folder: Path, call: str, inject: str, says: str) -> N
 @pytest.mark.parametrize(("call", "number"), KILLED)
 def test_a_kill_in_a_system_call(folder: Path, call: str, number: int) -> None:
     """Delivered by the kernel as the call returns; then it is resumed."""
-    done = run([*strace(call, f"signal=SIGKILL:when={number}"), *words(folder, "--threads", 1)])
+    done = run([*strace((call, f"signal=SIGKILL:when={number}")), *words(folder, "--threads", 1)])
     assert done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), (done.returncode, done.stderr)
     out = folder / "place" / "out"
     assert not out.exists() or snapshot(out) == snapshot(folder / "whole" / "out")
@@ -89,6 +96,54 @@ def test_a_kill_in_a_system_call(folder: Path, call: str, number: int) -> None:
         assert again.returncode == 0, again.stderr
         assert os.listdir(folder / "place") == ["out"]
     assert snapshot(out) == snapshot(folder / "whole" / "out")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three models of 24 MB, whose merge is worth loading kernels that read by themselves; its output `whole/out`."""
+    if importlib.util.find_spec("numba") is None:
+        pytest.skip("numba, hence any kernel, is missing")
+    folder = tmp_path_factory.mktemp("large")
+    for i in range(3):
+        numbers = np.random.default_rng(i).standard_normal((1500, 4096), dtype=np.float32)
+        factory.model(folder / f"m{i}", {"model.layers.0.mlp.up_proj.weight": numbers}, factory.config(layers=1))
+    recipe(folder / "recipe.yml", linear("m1", "m2", base_model="m0", **TIES))
+    assert factory.smelt("merge", folder / "recipe.yml", folder / "whole" / "out").code == 0
+    return folder
+
+
+@pytest.mark.parametrize("when", ["1", "3+"])
+def test_a_kernel_s_read_that_fails_is_made_again(large: Path, tmp_path: Path, when: str) -> None:
+    """Kernels read with `pread64`; where that fails, the ordinary `preadv2` finds out whether all is well."""
+    faults = strace(("pread64", f"error=EIO:when={when}"), of=large / "m1" / "model.safetensors")
+    log = tmp_path / "calls"
+    faults[faults.index(os.devnull)] = str(log)
+    done = run([*faults, *command("merge", large / "recipe.yml", tmp_path / "out", "--threads", 2)])
+    assert done.returncode == 0, done.stderr
+    assert "EIO" in log.read_text()
+    made, whole = (folder / "out" / "model.safetensors" for folder in (tmp_path, large / "whole"))
+    assert made.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("when", ["1+", "2+"])
+@pytest.mark.parametrize("more", [[], ["--resume"]], ids=["", "resume"])
+def test_a_disk_on_which_no_read_of_a_kernel_succeeds(large: Path, tmp_path: Path, when: str, more: list[str]) -> None:
+    faults = [("pread64", f"error=EIO:when={when}"), ("preadv2", f"error=EIO:when={when}")]
+    if when == "1+":  # the header is read the ordinary way, once, before any kernel is asked
+        faults[1] = ("preadv2", "error=EIO:when=3+")
+    weights = large / "m1" / "model.safetensors"
+    words = command("merge", large / "recipe.yml", tmp_path / "place" / "out", "--threads", 1, *more)
+    (tmp_path / "place").mkdir()
+    done = run([*strace(*faults, of=weights), *words])
+    assert done.returncode == 4, (done.returncode, done.stderr)
+    assert "error: cannot read: Input/output error" in done.stderr
+    assert str(weights) in done.stderr
+    assert "Traceback" not in done.stderr
+    left = {name for name in os.listdir(tmp_path / "place") if not name.endswith(".lock")}
+    assert left <= ({".out.smelt-build", ".out.smelt-build.journal"} if more else set())
+    again = run(words)
+    assert again.returncode == 0, again.stderr
+    assert os.listdir(tmp_path / "place") == ["out"]
 
 
 # --- file systems -------------------------------------------------------------------------------------------------

@@ -24,14 +24,16 @@ def check(
     trust_pickles: Flag = False,
     as_json: Json = False,
 ) -> int:
-    """Check a recipe against its models' configs and headers. No weights are read, and none are downloaded.
+    """Check a recipe from configs and headers alone.
+
+    No weights are read, and none are downloaded.
 
     Parameters
     ----------
     recipe
         The recipe, a YAML file.
     allow
-        Relax a check: extra_tensor, missing_tensor or vocabulary. May be given several times.
+        Relax a check. May be given several times.
     strict
         Make warnings errors.
     trust_methods

@@ -14,14 +14,16 @@ from smelt.storage.leftovers import Leftover, leftovers, remove_leftover
 
 
 def clean(
-    folder: Path = Path(),
+    folder: Annotated[Path, Parameter(show_default=False)] = Path(),
     /,
     *,
     only_list: Annotated[Flag, Parameter(name="--list")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> int:
-    """Remove what cut-off merges have left: unfinished outputs, their journals and locks. Outputs stay as they are.
+    """Remove what cut-off merges have left.
+
+    Unfinished outputs, their journals and locks. Outputs stay as they are.
 
     Parameters
     ----------

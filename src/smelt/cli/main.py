@@ -34,10 +34,20 @@ app.command("smelt.cli.merge:merge", name="merge", help="Merge models as a recip
 app.command("smelt.cli.sweep:sweep", name="sweep", help="Merge a recipe with many settings at once, and score them.")
 app.command("smelt.cli.plan:plan", name="plan", help="Show what a merge would do, without doing it.")
 app.command("smelt.cli.check:check", name="check", help="Check a recipe from configs and headers alone.")
-app.command("smelt.cli.methods:methods", name="methods", help="List the merge methods, or explain one.")
+app.command(
+    "smelt.cli.methods:methods",
+    name="methods",
+    help="List the merge methods, or explain one.",
+    usage="Usage: smelt methods [OPTIONS] [NAME]",
+)
 app.command("smelt.cli.schema:schema", name="schema", help="Print the JSON schema of the recipe language.")
 app.command("smelt.cli.verify:verify", name="verify", help="Check an output against its record.")
-app.command("smelt.cli.clean:clean", name="clean", help="Remove what cut-off merges have left.")
+app.command(
+    "smelt.cli.clean:clean",
+    name="clean",
+    help="Remove what cut-off merges have left.",
+    usage="Usage: smelt clean [OPTIONS] [FOLDER]",
+)
 
 
 _OBJECTS = 50_000
@@ -89,6 +99,7 @@ def run(words: list[str]) -> int:
         if words and words[0] in _commands():
             with deferred():  # large libraries are imported here
                 importlib.import_module(f"smelt.cli.{words[0]}")
+            app[words[0]].help = None  # on its own page a command has all of its text, in the list one line
         code = app(words, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
         return code if isinstance(code, int) and not isinstance(code, bool) else 0

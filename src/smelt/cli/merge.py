@@ -42,7 +42,9 @@ def merge(
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> int:
-    """Merge models as a recipe says, into a new folder. The folder appears whole or not at all.
+    """Merge models as a recipe says, into a new folder.
+
+    The folder appears whole or not at all. The inputs are never touched.
 
     Parameters
     ----------
@@ -61,11 +63,12 @@ def merge(
     device
         Where the methods work: cpu, or with torch cuda (cuda:1); numbers may differ in the last place.
     memory
-        Most memory to use, such as 500MB: threads and buffers are cut to fit. The result does not depend on it.
+        Most memory to use, such as 500MB: threads and buffers are cut to fit. No limit by default. The result does not
+        depend on it.
     seed
         Seed of the random methods.
     allow
-        Relax a check: extra_tensor, missing_tensor, nonfinite or vocabulary. May be given several times.
+        Relax a check. May be given several times.
     strict
         Make warnings errors.
     hash_inputs

@@ -13,14 +13,16 @@ from smelt.methods.fields import Field
 
 
 def methods(name: str | None = None, /, *, as_json: Json = False) -> int:
-    """List the merge methods, or explain one: equation, parameters, use, source, an example recipe.
+    """List the merge methods, or explain one.
+
+    Of one: its equation, parameters, use and source, and an example recipe.
 
     Parameters
     ----------
     name
-        The method to explain.
+        The method to explain; without it all are listed.
     as_json
-        Print JSON.
+        Print the result as JSON.
     """
     if name is not None and name not in api.names():
         close = nearest(name, api.names())

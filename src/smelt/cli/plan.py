@@ -38,9 +38,10 @@ def plan(
     keep_folder: Path | None = None,
     as_json: Json = False,
 ) -> int:
-    """Show what a merge would do: what each tensor gets with which numbers, bytes, passes and memory.
+    """Show what a merge would do, without doing it.
 
-    Reads headers and configs only. Tensors that get the same treatment share a line.
+    What each tensor gets with which numbers, bytes, passes and memory. Reads headers and configs only. Tensors that get
+    the same treatment share a line.
 
     Parameters
     ----------
@@ -53,11 +54,11 @@ def plan(
     device
         The device the prediction is for: cpu, cuda or cuda:1. It need not be there.
     memory
-        Most memory a merge may use, such as 500MB: threads and buffers are cut to fit.
+        Most memory a merge may use, such as 500MB: threads and buffers are cut to fit. No limit by default.
     seed
         Seed of the random methods.
     allow
-        Relax a check: extra_tensor, missing_tensor or vocabulary. May be given several times.
+        Relax a check. May be given several times.
     strict
         Make warnings errors.
     trust_methods

@@ -44,10 +44,10 @@ def sweep(
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> int:
-    """Merge a recipe with many settings at once: the inputs are read once, and every candidate is a folder in OUT.
+    """Merge a recipe with many settings at once, and score them.
 
-    Each folder holds what `smelt merge` of that candidate's recipe would write; sweep.json in OUT lists them all.
-    Candidates that are there already are left.
+    The inputs are read once, and every candidate is a folder in OUT. Each folder holds what `smelt merge` of that
+    candidate's recipe would write; sweep.json in OUT lists them all. Candidates that are there already are left.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def sweep(
     lowest
         Lower scores are better.
     keep_best
-        Remove all but so many of the best candidates.
+        Remove all but so many of the best candidates; all stay by default.
     overwrite
         Replace candidates that are there and are other merges.
     resume
@@ -78,11 +78,12 @@ def sweep(
     device
         Where the methods work: cpu, or with torch cuda (cuda:1); numbers may differ in the last place.
     memory
-        Most memory to use, such as 500MB: threads, buffers and candidates at a time are cut to fit.
+        Most memory to use, such as 500MB: threads, buffers and candidates at a time are cut to fit. No limit by
+        default.
     seed
         Seed of the random methods.
     allow
-        Relax a check: extra_tensor, missing_tensor, nonfinite or vocabulary. May be given several times.
+        Relax a check. May be given several times.
     strict
         Make warnings errors.
     hash_inputs

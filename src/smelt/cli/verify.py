@@ -22,7 +22,7 @@ def verify(
     out: Path,
     /,
     *,
-    model: Annotated[list[str], Parameter(negative="")] = [],  # noqa: B006
+    model: Annotated[list[str], Parameter(negative="", show_default=False)] = [],  # noqa: B006
     sample: str | None = None,
     seed: int | None = None,
     strict: Flag = False,
@@ -30,10 +30,10 @@ def verify(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> int:
-    """Check an output against its record, and recompute a few of its tensors from the inputs.
+    """Check an output against its record.
 
-    Every file must be there and as it was written, every tensor have its digest. Inputs of the hub are looked for in
-    its cache; without the inputs no tensor is recomputed.
+    Every file must be there and as it was written, every tensor have its digest. A few tensors are recomputed from the
+    inputs. Those of the hub are looked for in its cache; without the inputs no tensor is recomputed.
 
     Parameters
     ----------

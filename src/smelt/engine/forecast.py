@@ -197,12 +197,15 @@ class _Costs:
         entries = sum(len(one.entries) for one in merges.plans.values())
         lasting = keep if any(count > 1 for one in apart for count in one.passes.values()) else 0
         whole = sum(each._results(found.workers) for each in self._each.values())
+        # tiles of one level are gone from the device when those of the next are made
+        on_device = [one.device_memory for name, one in zip(self._each, apart, strict=True) if name in merges.worked]
         work = {f"{name}: {tensor}": cost for name in merges.worked for tensor, cost in self._each[name]._work.items()}
         return replace(
             found,
             bytes_read=self._read[keep],
             bytes_written=found.bytes_written + sum(one.output_bytes for one in merges.written),
             memory=found.memory + PER_ENTRY * entries + found.workers * each_worker + lasting + whole,
+            device_memory=max(found.device_memory, *on_device, 0),
             work=found.work | work,
             apart_read=found.bytes_read + sum(one.bytes_read for one in apart),
             apart_written=found.bytes_written + sum(one.bytes_written for one in apart),
