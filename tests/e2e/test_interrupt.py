@@ -130,8 +130,8 @@ def test_early_signals(models: Path, place: Path) -> None:
         running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         time.sleep(pause)
         running.send_signal(signal.SIGTERM)
-        running.communicate(timeout=60)
-        assert running.returncode in (143, -signal.SIGTERM)  # the latter before smelt is loaded
+        _, err = running.communicate(timeout=60)
+        assert running.returncode in (143, -signal.SIGTERM), err  # the latter before smelt is loaded
         assert snapshot(place) == {}
 
 
