@@ -21,7 +21,8 @@ from smelt.storage.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba, hence any kernel, is missing")
 
-ROWS, WIDTH = 1300, 4096
+WIDTH = 4096
+ROWS = 5 * TASK // (2 * WIDTH)
 """Of the large tensor: three tasks."""
 TIES = {"merge_method": "ties", "base_model": "m0", "parameters": {"weight": 0.5, "density": 0.5}}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -34,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three models of 21 MB in two large tensors."""
+    """Three models of 10 MB in two large tensors."""
     assert 2 * TASK < ROWS * WIDTH <= 3 * TASK
     folder = tmp_path_factory.mktemp("large")
     for i in range(3):
