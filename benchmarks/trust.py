@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import recipes
 import smelt
-from merge import RECIPES
 from smelt.storage import digests, files, journal
 from smelt.storage.writer import Build
 from synthetic import SIZES, make
@@ -78,8 +78,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="smelt-trust-", dir=arguments.folder))
     try:
         models = make(arguments.size, folder, 3)
-        recipe = folder / "recipe.yml"
-        recipe.write_text(RECIPES[arguments.method].format(m=folder))
+        recipe = recipes.write(arguments.method, models, folder)
         out = folder / "out"
         least: dict[str, float] = {}
 
