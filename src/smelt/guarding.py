@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from smelt import keeping
 from smelt.errors import InputError, SmeltError, StorageError
+from smelt.keeping import Kept
 from smelt.planning.locate import Model
 from smelt.prepared import Prepared
 from smelt.storage.writer import check_out
@@ -41,6 +43,14 @@ def unusable(out: Path, overwrite: bool, inputs: Sequence[Path]) -> list[SmeltEr
             return [worse]
         return [error]
     return []
+
+
+def refuse_places(out: Path, inputs: Sequence[Path], kept: Mapping[str, Kept]) -> None:
+    """The output, and the merges that the recipe keeps, must lie apart from the inputs and from each other."""
+    refuse_overlap(out, inputs)
+    keeping.refuse_inside(out, kept)
+    for one in kept.values():
+        refuse_overlap(one.folder, inputs)
 
 
 def refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:

@@ -20,7 +20,7 @@ from smelt.engine.nesting import Step, further_models, open_steps, with_steps
 from smelt.engine.run import check_equal, run
 from smelt.engine.tensor import TensorResult
 from smelt.errors import NumericError, RecipeError, raise_all
-from smelt.guarding import beside_models, inputs_of, refuse_changed, refuse_overlap, unusable
+from smelt.guarding import beside_models, inputs_of, refuse_changed, refuse_places, unusable
 from smelt.keeping import Kept
 from smelt.lineage.identity import identity
 from smelt.lineage.trusted import Claim, trusted
@@ -314,11 +314,7 @@ def merge(
     ):
         backend = choose(device)
         plan, models = prepared.plan, prepared.models
-        inputs = inputs_of(recipe, prepared)
-        refuse_overlap(out, inputs)
-        keeping.refuse_inside(out, prepared.kept)
-        for place in prepared.kept.values():
-            refuse_overlap(place.folder, inputs)
+        refuse_places(out, inputs_of(recipe, prepared), prepared.kept)
         shards = layout_of(prepared, shard_bytes)
         sources = [model.source for model in models]
         check_steps(prepared, shard_bytes)

@@ -21,7 +21,7 @@ from smelt.engine.sharing import Known
 from smelt.engine.tensor import TensorResult
 from smelt.engine.variants import bytes_together, run_variants
 from smelt.errors import InputError, NumericError, RecipeError, SmeltError, StorageError, raise_all
-from smelt.guarding import inputs_of, refuse_changed, refuse_overlap
+from smelt.guarding import inputs_of, refuse_changed, refuse_places
 from smelt.listing import FAILED, REMOVED, WRITTEN, Listing, Row, record_digest
 from smelt.merging import (
     Progress,
@@ -269,10 +269,7 @@ class _Sweep:
     def _unusable(self, one: Planned, prepared: Prepared, inputs: Sequence[Path]) -> list[SmeltError]:
         """Why a candidate cannot be written to its place."""
         try:
-            refuse_overlap(one.folder, inputs)
-            keeping.refuse_inside(one.folder, prepared.kept)
-            for kept in prepared.kept.values():
-                refuse_overlap(kept.folder, inputs)
+            refuse_places(one.folder, inputs, prepared.kept)
             check_out(one.folder, overwrite=self._overwrite)
         except StorageError as error:
             return [error]

@@ -110,6 +110,13 @@ def test_sweep_and_figures(tmp_path: Path) -> None:
     assert all(Path(path).stat().st_size > 5000 for path in drawn)
 
 
+def test_trust(tmp_path: Path) -> None:
+    _, _, *found = rows(ran("trust.py", "--size", "tiny", "--rounds", "1", "--folder", tmp_path))
+    assert "smelt verify" in [row[0] for row in found]
+    assert all(float(row[1]) >= 0 for row in found)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_candidates(tmp_path: Path) -> None:
     options = ("--size", "tiny", "--count", "3", "--rounds", "1", "--only", "over lambda", "--folder", tmp_path)
     head, _, *found = rows(ran("candidates.py", *options))

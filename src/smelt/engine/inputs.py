@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import numpy as np
 
 from smelt.dtypes import DType
+from smelt.engine.memory import TensorMemory
 from smelt.engine.tiles import PIECE, Scratch
 from smelt.specs import TensorSpec
 from smelt.storage.files import Buffer
@@ -41,21 +43,37 @@ class Stored:
 
 
 class Inputs:
-    """The sources of one tensor. `kept`: one array a source that lasts from pass to pass, or None."""
+    """The sources of one tensor. `kept`: one array a source that lasts from pass to pass, or None.
+
+    `there` holds, for each source, the tensor's bytes where they lie in memory and can be used as they are, else None.
+    """
 
     def __init__(self, sources: Sequence[tuple[Readable, TensorSpec]]) -> None:
         self._sources = [(source, spec, spec.dtype, spec.dtype.bits // 8) for source, spec in sources]
         self.placed = all(lies_in_files(source) for source, _ in sources)
+        self.there: list[Any] = [None] * len(sources)
         self.kept: list[Any] | None = None
+
+    def keep(self, memory: TensorMemory, scratch: Scratch | None) -> None:
+        """Find room for all inputs: in a worker's own buffers, or without any within the common limit."""
+        sizes = [0 if there is not None else s[1].nbytes for s, there in zip(self._sources, self.there, strict=True)]
+        if scratch is not None:
+            self.kept = [scratch.array(f"raw {i}", (size,), np.uint8) for i, size in enumerate(sizes)]
+        elif (block := memory.take(sum(sizes))) is not None:
+            self.kept = [block[low:high] for low, high in pairwise(accumulate(sizes, initial=0))]
 
     def read(self, low: int, high: int, scratch: Scratch, *, again: bool) -> tuple[Stored, int]:
         """Elements [low, high) of every source, and how many bytes were read for it; `again`: what is kept is there."""
         buffers, read = [], 0
         for i, (source, spec, dtype, size) in enumerate(self._sources):
             first, last = low * size, high * size
-            buffer = (
-                scratch.array(f"raw {i}", (last - first,), np.uint8) if self.kept is None else self.kept[i][first:last]
-            )
+            if self.there[i] is not None:
+                buffers.append((self.there[i][first:last], dtype))
+                continue
+            if self.kept is None:
+                buffer = scratch.array(f"raw {i}", (last - first,), np.uint8)
+            else:
+                buffer = self.kept[i][first:last]
             if self.kept is None or not again:
                 source.read_into(spec, first, last, buffer)
                 read += last - first

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from itertools import accumulate, pairwise
 from threading import get_ident
 from typing import Any
 
@@ -41,23 +40,19 @@ class SharedInputs(Inputs):
     def __init__(self, entry: Entry, sources: Sequence[Any], budget: Budget) -> None:
         super().__init__([(sources[source.model], source.tensor) for source in entry.sources])
         self.placed = False  # a kernel would read for one variant alone
+        self.there = [_in_memory(source, spec.name, size) for source, spec, _, size in self._sources]
         self._memory = TensorMemory(budget)
-        self._there = [_in_memory(source, spec.name, size) for source, spec, _, size in self._sources]
         self._filled: set[int] = set()
         self._now: dict[int, tuple[int, int, Stored]] = {}
 
     @property
     def rereads(self) -> bool:
         """Whether a further pass reads once more."""
-        return self.kept is None and any(data is None for data in self._there)
+        return self.kept is None and any(data is None for data in self.there)
 
-    def keep(self, scratch: Scratch | None) -> None:
-        """Find room for all inputs: with one task in a worker's own buffers, otherwise within the common limit."""
-        sizes = [0 if there is not None else s[1].nbytes for s, there in zip(self._sources, self._there, strict=True)]
-        if scratch is not None:
-            self.kept = [scratch.array(f"raw {i}", (size,), np.uint8) for i, size in enumerate(sizes)]
-        elif (block := self._memory.take(sum(sizes))) is not None:
-            self.kept = [block[low:high] for low, high in pairwise(accumulate(sizes, initial=0))]
+    def keep_for_all(self, scratch: Scratch | None) -> None:
+        """As `Inputs.keep`, until `abandon`."""
+        self.keep(self._memory, scratch)
 
     def forget(self) -> None:
         """The calling thread begins another task: its buffers will hold other bytes."""
@@ -68,25 +63,10 @@ class SharedInputs(Inputs):
         now = self._now.get(get_ident())
         if now is not None and now[:2] == (low, high):
             return now[2], 0
-        buffers = []
-        read = 0
-        for i, (source, spec, dtype, size) in enumerate(self._sources):
-            first, last = low * size, high * size
-            there = self._there[i]
-            if there is not None:
-                buffers.append((there[first:last], dtype))
-                continue
-            if self.kept is None:
-                buffer = scratch.array(f"raw {i}", (last - first,), np.uint8)
-            else:
-                buffer = self.kept[i][first:last]
-            if self.kept is None or low not in self._filled:
-                source.read_into(spec, first, last, buffer)
-                read += last - first
-            buffers.append((buffer, dtype))
+        stored, read = super().read(low, high, scratch, again=low in self._filled)
         self._filled.add(low)
-        self._now[get_ident()] = (low, high, Stored(buffers))
-        return self._now[get_ident()][2], read
+        self._now[get_ident()] = (low, high, stored)
+        return stored, read
 
     def abandon(self) -> None:
         """Give back what is kept."""

@@ -27,7 +27,7 @@ from smelt.engine.whole import Parts, Sweep, one_by_one, reduced
 from smelt.planning.entries import Action, Entry, Plan
 from smelt.planning.whole import is_whole
 from smelt.specs import TensorSpec
-from smelt.storage.checkpoint import FileInfo, TensorSource, check_range, decode_json, decode_text
+from smelt.storage.checkpoint import Documents, FileInfo, TensorSource, check_range
 from smelt.storage.files import Buffer
 from smelt.storage.layout import METADATA
 
@@ -39,7 +39,7 @@ class Stopped(BaseException):
     """The run was stopped while a thread worked for a merge within it."""
 
 
-class StepSource:
+class StepSource(Documents):
     """A merge of the recipe as a model: its tensors are the plan's, float32 or what the plan says.
 
     `sources` are those of the plan's models, `documents` the small files that would stand beside the weights. Raises
@@ -179,22 +179,6 @@ class StepSource:
         self._made.clear()
         self._held.clear()
         self._workshop = None
-
-    def bytes(self, name: str) -> builtins.bytes | None:
-        """A small file as the merge would write it, or None."""
-        return self._documents.get(name)
-
-    def text(self, name: str) -> str | None:
-        """A small file as UTF-8 text, or None. Raises InputError if it is not that."""
-        return decode_text(self.bytes(name), name, label=self.name)
-
-    def json(self, name: str) -> dict[str, Any] | None:
-        """A small file as a strict JSON object, or None. Raises InputError if it is not that."""
-        return decode_json(self.bytes(name), name, label=self.name)
-
-    def other_files(self) -> list[str]:
-        """The names of the small files, sorted."""
-        return sorted(self._documents)
 
     def changed(self) -> list[str]:
         """The weight files of what it was written to that are no longer what they were; inputs are asked themselves."""

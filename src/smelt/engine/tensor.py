@@ -12,7 +12,6 @@ import enum
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -211,14 +210,9 @@ class TensorRun:
     # --- passes -------------------------------------------------------------------------------------------------
 
     def _keep_inputs(self, scratch: Scratch) -> None:
-        """Find room for all inputs: with one task in the worker's own buffers, otherwise within the common limit."""
-        sizes = [source.tensor.nbytes for source in self.entry.sources]
-        if self.alone:
-            self._inputs.kept = [scratch.array(f"raw {i}", (size,), np.uint8) for i, size in enumerate(sizes)]
-        elif self._tile_kernel is not None and self._inputs.placed:
-            return  # kernels read again what the system still has: piece by piece that is quicker than memory
-        elif (block := self._memory.take(sum(sizes))) is not None:
-            self._inputs.kept = [block[low:high] for low, high in pairwise(accumulate(sizes, initial=0))]
+        """Find room for the inputs, unless kernels read again what the system still has: that is quicker."""
+        if self.alone or self._tile_kernel is None or not self._inputs.placed:
+            self._inputs.keep(self._memory, scratch if self.alone else None)
 
     def _begin_pass(self, scratch: Scratch) -> None:
         for running in self._running:

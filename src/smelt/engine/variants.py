@@ -339,7 +339,7 @@ class Together:
         """Prepare the first pass of all variants."""
         runs = [one.run for one in self._variants]
         if self._inputs is not None and any(isinstance(one, TensorRun) and one.multiple for one in runs):
-            self._inputs.keep(scratch if self.alone else None)
+            self._inputs.keep_for_all(scratch if self.alone else None)
         for one in self._live():
             self._guarded(one, lambda one=one: one.run.begin(scratch))  # type: ignore[misc]
 

@@ -101,6 +101,29 @@ class TensorSource(Protocol):
         """Let go of what is open."""
 
 
+class Documents:
+    """The small files of a model that has no folder: `_documents`, by name."""
+
+    name: str
+    _documents: Mapping[str, builtins.bytes]
+
+    def bytes(self, name: str) -> builtins.bytes | None:
+        """A document, or None."""
+        return self._documents.get(name)
+
+    def text(self, name: str) -> str | None:
+        """A document as UTF-8 text, or None. Raises InputError if it is not that."""
+        return decode_text(self.bytes(name), name, label=self.name)
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """A document as a strict JSON object, or None. Raises InputError if it is not that."""
+        return decode_json(self.bytes(name), name, label=self.name)
+
+    def other_files(self) -> list[str]:
+        """The names of the documents, sorted."""
+        return sorted(self._documents)
+
+
 class Checkpoint:
     """A model in a folder of safetensors files. Safe from many threads; files are opened at first use and kept.
 

@@ -6,17 +6,16 @@ import builtins
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
 from smelt.dtypes import Bytes
 from smelt.specs import TensorSpec
-from smelt.storage.checkpoint import FileInfo, check_range, decode_json, decode_text
+from smelt.storage.checkpoint import Documents, FileInfo, check_range
 from smelt.storage.files import Buffer, flat
 
 
-class MemoryCheckpoint:
+class MemoryCheckpoint(Documents):
     """A model given as name -> (TensorSpec, its stored bytes as a uint8 array); no folder, no files.
 
     `documents` are the small files beside it, such as `config.json`. The arrays are not copied. Raises ValueError
@@ -52,22 +51,6 @@ class MemoryCheckpoint:
     def data(self, name: str) -> Bytes:
         """All stored bytes of a tensor, not copied. Raises KeyError when there is no such tensor."""
         return self._data[name]
-
-    def bytes(self, name: str) -> builtins.bytes | None:
-        """A document, or None."""
-        return self._documents.get(name)
-
-    def text(self, name: str) -> str | None:
-        """A document as UTF-8 text, or None. Raises InputError if it is not that."""
-        return decode_text(self.bytes(name), name, label=self.name)
-
-    def json(self, name: str) -> dict[str, Any] | None:
-        """A document as a strict JSON object, or None. Raises InputError if it is not that."""
-        return decode_json(self.bytes(name), name, label=self.name)
-
-    def other_files(self) -> list[str]:
-        """The names of the documents, sorted."""
-        return sorted(self._documents)
 
     def changed(self) -> list[str]:
         """Nothing: arrays in memory are the caller's to keep."""
