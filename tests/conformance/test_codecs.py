@@ -9,7 +9,7 @@ from numba import njit
 from smelt import dtypes
 from smelt.dtypes import BF16, BY_NAME, F16, F32, F64, DType
 from smelt.engine.kernels.codecs import any_nonfinite, decode, encode
-from smelt.engine.kernels.compiled import widen
+from smelt.engine.kernels.loops.elements import widen
 
 EIGHT = [BY_NAME[name] for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")]
 TYPES = [BF16, F16, *EIGHT, F32, F64]

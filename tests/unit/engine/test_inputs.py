@@ -13,8 +13,8 @@ from conformance.draws import TYPES, kinds, settings, tensors
 from conformance.driver import Memory, plan_of
 from smelt.engine.forecast import forecast
 from smelt.engine.kernels import STREAMED, fused
-from smelt.engine.kernels.compiled import RUN
-from smelt.engine.kernels.picking import PLACES, marked_places, packed_places
+from smelt.engine.kernels.loops.picking import marked_places, packed_places
+from smelt.engine.kernels.sizes import PLACES, RUN
 from smelt.engine.run import RunResult, run
 from smelt.engine.tiles import PIECE, TASK
 from smelt.errors import InputError

@@ -53,7 +53,7 @@ def fused() -> Kernels:
     """The kernels, compiled when first called and cached on disk; the definitions where numba is not installed."""
     if importlib.util.find_spec("numba") is None:
         return DEFINITIONS
-    from smelt.engine.kernels import codecs, span, sums, task_vectors
+    from smelt.engine.kernels import codecs, feeding, span, sums, task_vectors
 
     return Kernels(
         decode=codecs.decode,
@@ -62,5 +62,5 @@ def fused() -> Kernels:
         any_nonfinite=codecs.any_nonfinite,
         partials=sums.PARTIALS,
         functions={**span.FUNCTIONS, **sums.FUNCTIONS, **task_vectors.FUNCTIONS},
-        elements=span.ELEMENTS,
+        elements=feeding.ELEMENTS,
     )

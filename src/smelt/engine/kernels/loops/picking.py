@@ -16,12 +16,9 @@ from llvmlite import binding, ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from smelt.engine.kernels.compiled import COLUMNS, JIT, MIX, RUN, trailing_zeros
+from smelt.engine.kernels.loops.elements import JIT, MIX, rooms, trailing_zeros
+from smelt.engine.kernels.sizes import COLUMNS, LANES, RUN
 
-LANES = 16
-"""Elements of a vector."""
-PLACES = RUN + LANES
-"""Room that `places_between` needs."""
 _MAGNITUDE = 0x7FFFFFFF
 _WORD, _LONG = ir.IntType(32), ir.IntType(64)
 _WORDS, _LONGS = ir.VectorType(_WORD, LANES), ir.VectorType(_LONG, LANES // 2)
@@ -143,7 +140,7 @@ def packed_places(bits: Any, low: Any, width: Any, places: Any) -> int:
 @JIT
 def marked_places(bits: Any, low: Any, width: Any, places: Any) -> int:
     """`places_between`, by the bits of comparisons, eight rows at a time, looking only at those that are set."""
-    marks = np.empty(COLUMNS, dtype=np.uint8)
+    marks = rooms(1, COLUMNS, np.uint8)[0]
     for i in range(COLUMNS):
         inside = np.uint8(0)
         for k in range(8):

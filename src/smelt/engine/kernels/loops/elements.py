@@ -1,69 +1,55 @@
-"""How kernels are compiled, and the small functions that they share.
+"""The small functions that loops share: elements as they are stored, random numbers, room.
 
 Sums and shifts of 32-bit integers are cast back at every step: otherwise they are made in 64 bits, at half the speed.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba
 import numpy as np
-import xxhash
+from llvmlite import ir
 from numba.extending import intrinsic, overload
-
-from smelt.storage import files
-
-_HERE = Path(__file__).parent
-_SOURCES = (
-    *sorted(_HERE.glob("*.py")),
-    _HERE.parent / "tiles.py",
-    *(_HERE.parents[1] / "methods" / name for name in ("reducers.py", "stages.py")),
-)
-"""What compiled code is made of, constants of other modules included."""
-_SOURCE_LIMIT = 1 << 20
-
 
 _njit: Any = numba.njit
 
 
-@cache
-def _cache_folder() -> str:
-    """The folder of the compiled code of these very sources.
-
-    Numba looks at the file of a function alone: of one that was inlined from another file it would keep an old copy.
-    """
-    digest = xxhash.xxh3_128_hexdigest(b"\0".join(files.read_bytes(path, limit=_SOURCE_LIMIT) for path in _SOURCES))
-    if asked := os.environ.get("NUMBA_CACHE_DIR"):
-        return os.path.join(asked, digest)
-    if os.access(_HERE, os.W_OK):
-        return str(_HERE / "__pycache__" / digest)
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "smelt", digest)
-
-
 def JIT(function: Callable[..., Any]) -> Any:  # noqa: N802
-    """Compile when first called, cache on disk, run without the interpreter lock. Never fastmath, never parallel."""
-    settings = {"nogil": True, "error_model": "numpy"}
-    config: Any = numba.config
-    before, config.CACHE_DIR = config.CACHE_DIR, _cache_folder()
-    try:
-        return _njit(cache=True, **settings)(function)
-    except RuntimeError:  # no folder that can be written: compiled anew in each process
-        return _njit(**settings)(function)
-    finally:
-        config.CACHE_DIR = before
+    """A function that loops are made of. Never fastmath, never parallel."""
+    return _njit(nogil=True, error_model="numpy")(function)
 
 
-RUN = 1024
-"""Elements worked on at a time: what is made of them stays in the first cache."""
-COLUMNS = RUN // 8
-"""Bytes that hold one bit for each element of a run."""
-GRID = 1 << 24
-"""Random numbers are whole multiples of 1 / GRID."""
+@intrinsic(prefer_literal=True)
+def _room(typing_context, rows, columns, element):
+    """Uninitialised memory of the function that asks, [rows, columns]; both numbers are known when it is compiled."""
+    kind = numba.types.Array(element.dtype, 2, "C")
+    shape = (rows.literal_value, columns.literal_value)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        item = context.get_data_type(kind.dtype)
+        with builder.goto_entry_block():
+            memory = builder.alloca(ir.ArrayType(item, shape[0] * shape[1]))
+            memory.align = 64
+        array = context.make_array(kind)(context, builder)
+        size = context.get_abi_sizeof(item)
+        word = context.get_value_type(numba.types.intp)
+        context.populate_array(
+            array,
+            data=builder.bitcast(memory, array.data.type),
+            shape=[ir.Constant(word, number) for number in shape],
+            strides=[ir.Constant(word, size * shape[1]), ir.Constant(word, size)],
+            itemsize=ir.Constant(word, size),
+            meminfo=None,
+        )
+        return array._getvalue()
+
+    return kind(rows, columns, element), generate
+
+
+rooms: Any = _room
+"""(rows, columns, type) -> room of the calling function for so many elements; what lies in it is not known."""
 
 
 def widen(stored: Any) -> Any:
@@ -216,27 +202,6 @@ def mix(word: Any, low: Any, high: Any) -> Any:
     z *= np.uint64(MIX[2])
     z ^= z >> np.uint64(31)
     return z
-
-
-@JIT
-def draw(low: Any, high: Any, start: int, out: Any) -> None:
-    """Elements [start, start + len(out)) of a stream, float32 in [0, 1)."""
-    count = out.size
-    if count == 0:
-        return
-    first = start & 1
-    if first:
-        out[0] = np.float32(mix(start >> 1, low, high) >> np.uint64(40)) * np.float32(2.0**-24)
-    pairs = (count - first) // 2
-    word = (start + first) >> 1
-    even = out[first : first + 2 * pairs]
-    for k in range(pairs):
-        z = mix(word + k, low, high)
-        even[2 * k] = np.float32((z & np.uint64(0xFFFFFFFF)) >> np.uint64(8)) * np.float32(2.0**-24)
-        even[2 * k + 1] = np.float32(z >> np.uint64(40)) * np.float32(2.0**-24)
-    if first + 2 * pairs < count:
-        z = mix(word + pairs, low, high)
-        out[count - 1] = np.float32((z & np.uint64(0xFFFFFFFF)) >> np.uint64(8)) * np.float32(2.0**-24)
 
 
 @intrinsic

@@ -1,0 +1,24 @@
+"""Numbers that compiled loops and those who call them agree on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+RUN = 1024
+"""Elements worked on at a time: what is made of them stays in the first cache."""
+COLUMNS = RUN // 8
+"""Bytes that hold one bit for each element of a run."""
+GRID = 1 << 24
+"""Random numbers are whole multiples of 1 / GRID."""
+LANES = 16
+"""Elements of a vector."""
+PLACES = RUN + LANES
+"""Room that looking for places in a run needs."""
+MOST_MODELS = 12
+"""Above this many models a method's own function is called."""
+TRIM, DROP, DROP_AGAIN = 0, 1, 2
+"""What is kept of task vectors: what is above a cut, what is drawn, what was drawn before."""
+ELECT_MEAN: Any = (0,)
+ELECT_SUM: Any = (0, 0)
+ADD: Any = (0, 0, 0)
+"""How kept deltas are combined. Told by a tuple's length, which is part of its type: only what is used is compiled."""
