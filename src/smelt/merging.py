@@ -54,9 +54,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did. `seconds` is the whole call; of these, `engine_seconds` went into reading, working on and
-    writing tensors, and `commit_seconds` into making the output durable. `resumed` counts the tensors that an
-    interrupted run had written."""
+    """What a merge did. `seconds` is the whole call.
+
+    Of these, `engine_seconds` went into laying out the output, reading, working on and writing tensors, and
+    `commit_seconds` into making the output durable. `resumed` counts the tensors that an interrupted run had written.
+    """
 
     out: Path
     plan: Plan
@@ -452,6 +454,7 @@ def _carry_out(
     claims = claims or {}
     allowed = settings.allowed | frozenset(prepared.recipe.allow)
     head = head_of(prepared, shards, papers, settings=settings)
+    started = time.perf_counter()
     with Build.start(out, shards, overwrite=overwrite, head=head, resume=settings.resume) as folder:
         if settings.on_note is not None:
             for line in _begun(folder, len(plan.entries)):
@@ -476,6 +479,7 @@ def _carry_out(
             for model in stored:
                 model.source.close()  # where descriptors ran out, removing the build needs some of theirs
             raise
+        engine_seconds = time.perf_counter() - started
         hashes = hashes_of(prepared, settings=settings)
         refuse_changed(prepared.opened.values())
         nonfinite = nonfinite_of(done.tensors, strict=settings.strict)
@@ -485,7 +489,7 @@ def _carry_out(
         folder.commit()
         commit_seconds = time.perf_counter() - committing
     written = shards.total_bytes
-    return Done(done.seconds, commit_seconds, done.bytes_read, written, nonfinite, len(folder.resumed))
+    return Done(engine_seconds, commit_seconds, done.bytes_read, written, nonfinite, len(folder.resumed))
 
 
 def head_of(prepared: Prepared, shards: Layout, papers: Mapping[str, bytes], *, settings: Settings) -> dict[str, Any]:

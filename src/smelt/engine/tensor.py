@@ -35,7 +35,7 @@ from smelt.planning.entries import Entry
 from smelt.specs import Grain
 from smelt.storage import digests
 
-_SAMPLE = (32, 1024)
+_SAMPLE = (16, 2048)
 """Chunks of a sample, and elements of each."""
 _WORTH_SAMPLE = 1 << 20
 """Elements of a tensor from which on a sample is taken."""

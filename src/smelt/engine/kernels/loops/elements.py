@@ -216,3 +216,17 @@ def _trailing_zeros(typing_context, word):
 
 trailing_zeros: Any = _trailing_zeros
 """The number of the lowest bit that is set in a uint64, which must not be 0."""
+
+
+@intrinsic
+def _fused(typing_context, x, y, z):
+
+    def generate(context, builder, signature, arguments):
+        return builder.fma(*arguments)
+
+    double = numba.types.float64
+    return double(double, double, double), generate
+
+
+multiply_add: Any = _fused
+"""(x, y, z) -> x · y + z, rounded once: that is no other number where the product is exact."""

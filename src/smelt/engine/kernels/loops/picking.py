@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 
 from smelt.engine.kernels.loops.elements import JIT, MIX, rooms, trailing_zeros
 from smelt.engine.kernels.sizes import COLUMNS, LANES, RUN
+from smelt.methods.reducers import LANES as ROW
 
 _MAGNITUDE = 0x7FFFFFFF
 _WORD, _LONG = ir.IntType(32), ir.IntType(64)
@@ -102,6 +103,37 @@ def _choose_lanes(typing_context, values, start, bits, target):
     return numba.types.void(values, _int64, _uint16, target), generate
 
 
+@intrinsic
+def _add_lanes(typing_context, values, bits, first, whole, kept):
+    """Of a run's numbers, those of sixteen lanes from `first` on: add all to `whole`, and to `kept` where bits are set.
+
+    The lanes are float64; those of a number are `ROW` places apart, and are added in the order of the numbers.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        source, bits, first, whole, kept = arguments
+        numbers, doubles = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.DoubleType(), LANES)
+        targets = [
+            builder.bitcast(_at(context, builder, signature.args[k], array, first), doubles.as_pointer())
+            for k, array in ((3, whole), (4, kept))
+        ]
+        sums = [builder.load(target, align=8) for target in targets]
+        halves = context.make_array(signature.args[1])(context, builder, bits).data
+        for row in range(RUN // ROW):
+            start = builder.add(first, ir.Constant(_LONG, row * ROW))
+            place = builder.bitcast(_at(context, builder, signature.args[0], source, start), numbers.as_pointer())
+            number = builder.fpext(builder.load(place, align=4), doubles)
+            half = builder.load(builder.gep(halves, [builder.lshr(start, ir.Constant(_LONG, 4))]), align=2)
+            chosen = builder.select(builder.bitcast(half, _BITS), number, ir.Constant(doubles, [0.0] * LANES))
+            sums = [builder.fadd(sums[0], number), builder.fadd(sums[1], chosen)]
+        for target, value in zip(targets, sums, strict=True):
+            builder.store(value, target, align=8)
+        return context.get_dummy_value()
+
+    return numba.types.void(values, bits, _int64, whole, kept), generate
+
+
+_add: Any = _add_lanes
 _pack: Any = _pack_lanes
 _draw: Any = _draw_lanes
 _choose: Any = _choose_lanes
@@ -126,6 +158,14 @@ def choose(values: Any, bits: Any, target: Any) -> None:
     halves = bits.view(np.uint16)
     for j in range(halves.size):
         _choose(values, LANES * j, halves[j], target)
+
+
+@JIT
+def add_chosen(values: Any, bits: Any, whole: Any, kept: Any) -> None:
+    """Add the numbers of a whole run to the sums of their lanes in `whole`, and to `kept` those whose bit is set."""
+    halves = bits.view(np.uint16)
+    for first in range(0, ROW, LANES):
+        _add(values, halves, first, whole, kept)
 
 
 @JIT

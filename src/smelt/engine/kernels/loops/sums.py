@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from smelt.engine.kernels.loops.elements import JIT, rooms, widen
+from smelt.engine.kernels.loops.elements import JIT, multiply_add, rooms, widen
 from smelt.engine.kernels.loops.fetch import cut, fetch
 from smelt.engine.kernels.loops.picking import places_between
 from smelt.engine.kernels.sizes import MOST_MODELS, PLACES, RUN
@@ -28,15 +28,14 @@ def add_run(run: Any, count: int, lanes: Any) -> None:
 
 @JIT
 def _multiply_run(x: Any, y: Any, count: int, lanes: Any) -> None:
-    """As `add_run`, of x · y: exact products of float32 numbers."""
+    """As `add_run`, of x · y: products of float32 numbers, which are exact in float64."""
     whole = count // (2 * LANES) * (2 * LANES)
     for first in range(0, whole, 2 * LANES):
         one, two = x[first : first + LANES], x[first + LANES : first + 2 * LANES]
         other, next_ = y[first : first + LANES], y[first + LANES : first + 2 * LANES]
         for lane in range(LANES):
-            near = np.float64(one[lane]) * np.float64(other[lane])
-            far = np.float64(two[lane]) * np.float64(next_[lane])
-            lanes[lane] = (lanes[lane] + near) + far
+            near = multiply_add(np.float64(one[lane]), np.float64(other[lane]), lanes[lane])
+            lanes[lane] = multiply_add(np.float64(two[lane]), np.float64(next_[lane]), near)
     for j in range(whole, count):
         lanes[j % LANES] += np.float64(x[j]) * np.float64(y[j])
 
@@ -51,9 +50,9 @@ def _multiply_two(x: Any, y: Any, count: int, squares: Any, products: Any, other
         for lane in range(LANES):
             a, b = np.float64(one[lane]), np.float64(other[lane])
             c, d = np.float64(two[lane]), np.float64(next_[lane])
-            squares[lane] = (squares[lane] + a * a) + c * c
-            products[lane] = (products[lane] + a * b) + c * d
-            others[lane] = (others[lane] + b * b) + d * d
+            squares[lane] = multiply_add(c, c, multiply_add(a, a, squares[lane]))
+            products[lane] = multiply_add(c, d, multiply_add(a, b, products[lane]))
+            others[lane] = multiply_add(d, d, multiply_add(b, b, others[lane]))
     for j in range(whole, count):
         a, b = np.float64(x[j]), np.float64(y[j])
         squares[j % LANES] += a * a

@@ -14,7 +14,7 @@ from numba.extending import overload
 
 from smelt.engine.kernels.loops.elements import JIT, infinity, least, magnitude, mix, narrow, rooms, widen
 from smelt.engine.kernels.loops.fetch import cut, fetch
-from smelt.engine.kernels.loops.picking import choose, draw_below, places_between
+from smelt.engine.kernels.loops.picking import add_chosen, choose, draw_below, places_between
 from smelt.engine.kernels.loops.sums import add_run, keep_between
 from smelt.engine.kernels.sizes import ADD, DROP, ELECT_MEAN, MOST_MODELS, PLACES, RUN, TRIM
 from smelt.engine.tiles import BLOCK, PIECE
@@ -99,6 +99,9 @@ def _add_model(
             _trim(deltas, value, limit, key, start + low, chosen, places)
         else:
             draw_below(key, start + low, limit, bits)
+            if high - low == RUN:
+                add_chosen(deltas, bits, whole, kept)
+                continue
             choose(deltas, bits, chosen)
         add_run(deltas, high - low, whole)
         add_run(chosen, high - low, kept)
