@@ -20,7 +20,7 @@ BLOCK = 1 << 16
 """Elements of a block."""
 PIECE = BLOCK
 """Elements that a kernel reads of each model and works on at a time: all of them fit the second cache."""
-TASK = 1 << 20
+TASK = 1 << 21
 """Least elements of a task: 2 MiB of a two-byte type. Workers meet at the interpreter's lock a few times a task."""
 DEFAULT_TILE = 1 << 17
 """Elements of a tile, unless asked otherwise."""

@@ -28,6 +28,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import numpy as np
 
 from smelt.errors import InputError, SmeltError, StorageError
+from smelt.storage.reserving import UNSUPPORTED, reserve
 
 if sys.platform != "win32":  # imported here, for the import needs a descriptor of its own
     import resource
@@ -48,7 +49,6 @@ _AHEAD = 32 << 20
 _WORTH_HINT = 1 << 18
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 _NO_SPACE = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
-_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 
 # --- the one door ---------------------------------------------------------------------------------------------------
@@ -540,14 +540,7 @@ def _write_some(descriptor: int, view: memoryview, offset: int, lock: threading.
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    if not PORTABLE and hasattr(os, "posix_fallocate"):  # macOS has no such call
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-            return
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-    os.ftruncate(descriptor, size)
+    (os.ftruncate if PORTABLE else reserve)(descriptor, size)
 
 
 def _sync(descriptor: int) -> None:
@@ -564,7 +557,7 @@ def _sync_folder(path: StrPath) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:  # some network file systems cannot sync a folder
+        if error.errno not in UNSUPPORTED:  # some network file systems cannot sync a folder
             raise
     finally:
         os.close(descriptor)

@@ -108,6 +108,28 @@ def test_a_file_system_that_cannot_reserve_space(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "f").stat().st_size == 1000
 
 
+def test_in_memory_no_space_is_reserved(tmp_path: Path) -> None:
+    memory = Path("/dev/shm")
+    if not lies_in_memory_by_the_system(memory):
+        pytest.skip("no tmpfs at /dev/shm")
+    path = memory / f"smelt-test-{os.getpid()}"
+    try:
+        files.create(path, 1 << 20).close()
+        found = path.stat()
+        assert (found.st_size, found.st_blocks) == (1 << 20, 0)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def lies_in_memory_by_the_system(folder: Path) -> bool:
+    """What the table of mounts says: reserving asks another way."""
+    try:
+        mounts = Path("/proc/mounts").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return any(line.split()[1:3] == [str(folder), "tmpfs"] for line in mounts.splitlines())
+
+
 def test_read_bytes_has_a_limit(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"12345")
     assert files.read_bytes(tmp_path / "f", limit=5) == b"12345"

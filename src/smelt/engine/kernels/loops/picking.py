@@ -133,6 +133,48 @@ def _add_lanes(typing_context, values, bits, first, whole, kept):
     return numba.types.void(values, bits, _int64, whole, kept), generate
 
 
+@intrinsic
+def _multiply_lanes(typing_context, x, y, first, squares, products, others):
+    """Of two runs, the numbers of sixteen lanes from `first` on: add x · x, x · y and y · y to their lanes.
+
+    As in `_add_lanes`; products of float32 numbers are exact, so that they may be fused with the sums.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        x, y, first, *lanes = arguments
+        numbers, doubles = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.DoubleType(), LANES)
+        fused = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(doubles, [doubles] * 3), f"llvm.fma.v{LANES}f64"
+        )
+        targets = [
+            builder.bitcast(_at(context, builder, signature.args[3 + k], array, first), doubles.as_pointer())
+            for k, array in enumerate(lanes)
+        ]
+        sums = [builder.load(target, align=8) for target in targets]
+        for row in range(RUN // ROW):
+            start = builder.add(first, ir.Constant(_LONG, row * ROW))
+            one, two = (
+                builder.fpext(
+                    builder.load(
+                        builder.bitcast(_at(context, builder, signature.args[k], array, start), numbers.as_pointer()),
+                        align=4,
+                    ),
+                    doubles,
+                )
+                for k, array in enumerate((x, y))
+            )
+            sums = [
+                builder.call(fused, [a, b, total])
+                for a, b, total in zip((one, one, two), (one, two, two), sums, strict=True)
+            ]
+        for target, value in zip(targets, sums, strict=True):
+            builder.store(value, target, align=8)
+        return context.get_dummy_value()
+
+    return numba.types.void(x, y, _int64, squares, products, others), generate
+
+
+_multiply: Any = _multiply_lanes
 _add: Any = _add_lanes
 _pack: Any = _pack_lanes
 _draw: Any = _draw_lanes
@@ -166,6 +208,13 @@ def add_chosen(values: Any, bits: Any, whole: Any, kept: Any) -> None:
     halves = bits.view(np.uint16)
     for first in range(0, ROW, LANES):
         _add(values, halves, first, whole, kept)
+
+
+@JIT
+def multiply_two(x: Any, y: Any, squares: Any, products: Any, others: Any) -> None:
+    """Add x · x, x · y and y · y of two whole runs to the sums of their lanes."""
+    for first in range(0, ROW, LANES):
+        _multiply(x, y, first, squares, products, others)
 
 
 @JIT

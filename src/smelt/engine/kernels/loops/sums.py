@@ -8,7 +8,7 @@ import numpy as np
 
 from smelt.engine.kernels.loops.elements import JIT, multiply_add, rooms, widen
 from smelt.engine.kernels.loops.fetch import cut, fetch
-from smelt.engine.kernels.loops.picking import places_between
+from smelt.engine.kernels.loops.picking import multiply_two, places_between
 from smelt.engine.kernels.sizes import MOST_MODELS, PLACES, RUN
 from smelt.engine.tiles import BLOCK, PIECE
 from smelt.methods.reducers import LANES
@@ -38,26 +38,6 @@ def _multiply_run(x: Any, y: Any, count: int, lanes: Any) -> None:
             lanes[lane] = multiply_add(np.float64(two[lane]), np.float64(next_[lane]), near)
     for j in range(whole, count):
         lanes[j % LANES] += np.float64(x[j]) * np.float64(y[j])
-
-
-@JIT
-def _multiply_two(x: Any, y: Any, count: int, squares: Any, products: Any, others: Any) -> None:
-    """As `_multiply_run` of x · x, x · y and y · y, each number widened once."""
-    whole = count // (2 * LANES) * (2 * LANES)
-    for first in range(0, whole, 2 * LANES):
-        one, two = x[first : first + LANES], x[first + LANES : first + 2 * LANES]
-        other, next_ = y[first : first + LANES], y[first + LANES : first + 2 * LANES]
-        for lane in range(LANES):
-            a, b = np.float64(one[lane]), np.float64(other[lane])
-            c, d = np.float64(two[lane]), np.float64(next_[lane])
-            squares[lane] = multiply_add(c, c, multiply_add(a, a, squares[lane]))
-            products[lane] = multiply_add(c, d, multiply_add(a, b, products[lane]))
-            others[lane] = multiply_add(d, d, multiply_add(b, b, others[lane]))
-    for j in range(whole, count):
-        a, b = np.float64(x[j]), np.float64(y[j])
-        squares[j % LANES] += a * a
-        products[j % LANES] += a * b
-        others[j % LANES] += b * b
 
 
 @JIT
@@ -97,8 +77,8 @@ def products(stored: Any, base: Any, of_deltas: bool, block: int, first: int, la
             if of_deltas:
                 _subtract_run(base[low:high], room[i])
         at = first + low // block
-        if len(stored) == 2:
-            _multiply_two(room[0], room[1], high - low, lanes[0, at], lanes[1, at], lanes[2, at])
+        if len(stored) == 2 and high - low == RUN:
+            multiply_two(room[0], room[1], lanes[0, at], lanes[1, at], lanes[2, at])
             continue
         pair = 0
         for i in range(len(stored)):
