@@ -43,6 +43,7 @@ from smelt.storage.places import (
     remove_stale,
     unmake,
 )
+from smelt.storage.reserving import Pages
 from smelt.storage.signals import held
 
 __all__ = ["Build", "Layout", "OutputTensor", "Shard", "check_out", "heal", "layout"]
@@ -82,6 +83,7 @@ class Build:
         self._anchored = False
         self._unsound = False
         self._done = False
+        self._pages = Pages()
 
     @classmethod
     def start(
@@ -138,6 +140,7 @@ class Build:
             file = files.create(self.folder / shard.file, shard.size)
             self._open[shard.file] = file
             file.write_at(PREFIX, shard.header[PREFIX:])  # the length stays zero until commit
+        self._pages.start([(file.descriptor, file.size) for file in self._open.values()])
         if head is not None:
             self._journaled = True
             self._journal = Journal.create(self._places.journal, head, self._sync_weights)
@@ -265,6 +268,7 @@ class Build:
         if self._done:
             raise ValueError("the build is already committed or abandoned")
         self._check_complete()
+        self._pages.stop()
         if self._journal is not None:
             self._journal.close(flush=self._resume)  # where the commit may fail and be tried again
         opened = [(self._open[shard.file], shard.header[:PREFIX]) for shard in self.layout.shards]
@@ -357,6 +361,7 @@ class Build:
 
     def _close(self, *, flush: bool) -> None:
         """Close all files, the journal's first; nobody will miss what the system refuses here."""
+        self._pages.stop()
         if self._journal is not None:
             with contextlib.suppress(SmeltError):
                 self._journal.close(flush=flush)
