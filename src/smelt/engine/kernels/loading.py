@@ -175,7 +175,7 @@ def host_machine() -> Any:
     static = sys.platform.startswith("linux") and os.uname().machine == "x86_64"
     return binding.Target.from_default_triple().create_target_machine(
         cpu=binding.get_host_cpu_name(),
-        features=binding.get_host_cpu_features().flatten(),
+        features=host_features(),
         opt=3,
         reloc="static" if static else "default",
         codemodel="jitdefault",
@@ -183,11 +183,20 @@ def host_machine() -> Any:
     )
 
 
+def host_features() -> str:
+    """What this processor can do, as LLVM writes it; with vectors of 512 bits where it does not slow down for them.
+
+    LLVM prefers 256 everywhere. The election of ties takes a sixth longer with those (docs/log.md).
+    """
+    features = binding.get_host_cpu_features()
+    return str(features.flatten() + (",-prefer-256-bit" if features.get("avx512vbmi2", False) else ""))
+
+
 @cache
 def cache_folder() -> Path:
     """The folder of the code of these very sources, made by this version of numba for this processor."""
     made = [files.read_bytes(path, limit=_SOURCE_LIMIT) for path in _SOURCES]
-    made += [binding.get_host_cpu_name().encode(), binding.get_host_cpu_features().flatten().encode()]
+    made += [binding.get_host_cpu_name().encode(), host_features().encode()]
     made += [llvmlite.__version__.encode(), _numba_version(), os.environ.get("NUMBA_BOUNDSCHECK", "").encode()]
     digest = xxhash.xxh3_128_hexdigest(b"\0".join(made))
     if asked := os.environ.get("NUMBA_CACHE_DIR"):

@@ -16,7 +16,11 @@ import numpy as np
 from llvmlite import binding
 from numba.extending import intrinsic, overload
 
+from smelt.engine.kernels.loading import host_features
+
 _numba: Any = numba
+if _numba.config.CPU_NAME is None and _numba.config.CPU_FEATURES is None:  # else the user has said what to compile for
+    _numba.config.CPU_FEATURES = host_features()
 _KNOWN = frozenset({"pread", "memcpy", "memmove", "memset"})
 """What code may call: the C library's."""
 
