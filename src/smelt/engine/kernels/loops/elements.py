@@ -21,6 +21,10 @@ def JIT(function: Callable[..., Any]) -> Any:  # noqa: N802
     return _njit(nogil=True, error_model="numpy")(function)
 
 
+_PAGE = 4096
+"""Where rooms begin: vectors stored across the border of two pages take many times as long, wherever the stack is."""
+
+
 @intrinsic(prefer_literal=True)
 def _room(typing_context, rows, columns, element):
     """Uninitialised memory of the function that asks, [rows, columns]; both numbers are known when it is compiled."""
@@ -31,7 +35,7 @@ def _room(typing_context, rows, columns, element):
         item = context.get_data_type(kind.dtype)
         with builder.goto_entry_block():
             memory = builder.alloca(ir.ArrayType(item, shape[0] * shape[1]))
-            memory.align = 64
+            memory.align = _PAGE
         array = context.make_array(kind)(context, builder)
         size = context.get_abi_sizeof(item)
         word = context.get_value_type(numba.types.intp)
