@@ -25,7 +25,7 @@ from smelt.engine.memory import Budget, TensorMemory
 from smelt.engine.reducing import Part, Running, bind, startable
 from smelt.engine.rng import key
 from smelt.engine.sharing import Group, Share
-from smelt.engine.tiles import Geometry, Scratch
+from smelt.engine.tiles import STREAMED_TASK, TASK, Geometry, Scratch
 from smelt.errors import NumericError, RecipeError
 from smelt.methods.api import Reduction, Undefined
 from smelt.methods.loading import answerable, definition_of
@@ -120,9 +120,12 @@ class TensorRun:
         self.share = None if group is None else Share(group, entry, self._method, self._is_fused)
         self._results = dict.fromkeys(reduction.name for reduction in self._method.info.reductions)
         self._streams = [key(settings.seed, entry.name, source.stream) for source in entry.inputs]
-        self.geometry = Geometry.of(entry.shape, self._method.grain, tile=settings.tile)
         inputs = [(sources[source.model], source.tensor) for source in entry.sources]
         self._inputs = Inputs(inputs) if group is None else group.inputs
+        self._tile_kernel = settings.kernels.functions.get((entry.method, "tile"))
+        streams = self._tile_kernel is not None and self._inputs.placed and group is None
+        task = STREAMED_TASK if streams and entry.size > STREAMED_TASK else TASK
+        self.geometry = Geometry.of(entry.shape, self._method.grain, tile=settings.tile, task=task)
         self._waiting = list(self._method.active()) if part is None else []
         self._running: list[Running] = [] if part is None else list(part.running)
         self._adding = bool(self._running)
@@ -130,7 +133,6 @@ class TensorRun:
         self.bytes_sampled = 0
         self._first_pass = True
         self._multiple = bool(self._waiting)
-        self._tile_kernel = settings.kernels.functions.get((entry.method, "tile"))
         aligned = entry.dtype.nbytes(self.geometry.task * 8) % (8 * digests.BLOCK) == 0
         self._digest_inline = aligned or self.geometry.tasks == 1
         self._stage = Stage.WRITE
