@@ -12,7 +12,9 @@ GRID = 1 << 24
 """Random numbers are whole multiples of 1 / GRID."""
 LANES = 16
 """Elements of a vector."""
-PLACES = RUN + LANES
+SPILL = LANES
+"""Elements behind the last one that is kept to which a vector may write."""
+PLACES = RUN + SPILL
 """Room that looking for places in a run needs."""
 MOST_MODELS = 12
 """Above this many models a method's own function is called."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from smelt.engine.given import Given
 from smelt.engine.kernels.feeding import feed
 from smelt.engine.kernels.loading import Loop
-from smelt.engine.kernels.sizes import MOST_MODELS, RUN
+from smelt.engine.kernels.sizes import MOST_MODELS, RUN, SPILL
 from smelt.engine.tiles import BLOCK
 from smelt.methods.reducers import LANES, Gram, Sum
 from smelt.methods.selection import Between, KthLargest
@@ -94,7 +95,7 @@ def cut_partial(reducer: KthLargest, values: Any, block: int) -> Any:
     numbers, counts = (np.asarray(part) for part in values)
     rows = np.ascontiguousarray(numbers).view(np.uint32).reshape(len(numbers), -1)
     if reducer.brackets is not None:
-        kept = Kept(reducer, np.empty((*reducer.brackets.shape[:2], rows.shape[1]), dtype=np.uint32))
+        kept = Kept(reducer, rows.shape[1], lambda shape: np.empty(shape, dtype=np.uint32))
         _KEEP_ROWS(rows, kept.brackets, kept.room, kept.above, kept.found)
         return kept.between(reducer, counts)
     histogram = histograms(reducer, len(rows))
@@ -109,10 +110,11 @@ class Kept:
     Zeros fill up the last run: the brackets begin at 1, so that none are kept.
     """
 
-    def __init__(self, reducer: KthLargest, room: Any) -> None:
+    def __init__(self, reducer: KthLargest, count: int, empty: Callable[[tuple[int, ...]], Any]) -> None:
         self.brackets = np.maximum(reducer.brackets, np.array([1, 0])).astype(np.uint32)
-        self.room = room
-        self.above, self.found = (np.zeros(room.shape[:2], dtype=np.int64) for _ in range(2))
+        shape = self.brackets.shape[:2]
+        self.room = empty((*shape, count + SPILL))
+        self.above, self.found = (np.zeros(shape, dtype=np.int64) for _ in range(2))
 
     def between(self, reducer: KthLargest, counts: Any) -> Between:
         """The partial result."""

@@ -38,8 +38,7 @@ def largest(method: Any, given: Given, reducer: Any) -> Any:
         _ALL_MAGNITUDES(*fed, given.count, keys)
         return reducer.all_of(counts, keys)
     if reducer.brackets is not None:
-        shape = (*reducer.brackets.shape[:2], given.count)
-        kept = Kept(reducer, given.scratch.array("inside", shape, np.uint32))
+        kept = Kept(reducer, given.count, lambda shape: given.scratch.array("inside", shape, np.uint32))
         _KEEP_MAGNITUDES(*fed, given.count, kept.brackets, kept.room, kept.above, kept.found)
         return kept.between(reducer, counts)
     histogram = histograms(reducer, given.models)

@@ -68,6 +68,32 @@ def _pack_lanes(typing_context, bits, start, low, width, places, found):
 
 
 @intrinsic
+def _pack_keys(typing_context, bits, start, low, width, high, room, found):
+    """Of sixteen magnitudes from `start` on: put those inside to room[found:].
+
+    Says how many they are, and in the upper half how many are above `high`.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        source, start, low, width, high, target, found = arguments
+        keys = builder.load(_at(context, builder, signature.args[0], source, start), align=4)
+        above = builder.icmp_unsigned(">", keys, _everywhere(builder, _WORDS, high))
+        distance = builder.sub(keys, _everywhere(builder, _WORDS, low))
+        inside = builder.icmp_unsigned("<=", distance, _everywhere(builder, _WORDS, width))
+        kind = ir.FunctionType(_WORDS, [_WORDS, _BITS, _WORDS])
+        name = f"llvm.experimental.vector.compress.v{LANES}i32"
+        compress = cgutils.get_or_insert_function(builder.module, kind, name)
+        packed = builder.call(compress, [keys, inside, ir.Constant(_WORDS, ir.Undefined)])
+        builder.store(packed, _at(context, builder, signature.args[5], target, found), align=4)
+        counts = [
+            builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(LANES))), _LONG) for mask in (inside, above)
+        ]
+        return builder.or_(counts[0], builder.shl(counts[1], ir.Constant(_LONG, 32)))
+
+    return _int64(bits, _int64, _uint32, _uint32, _uint32, room, _int64), generate
+
+
+@intrinsic
 def _draw_lanes(typing_context, first, key, limit):
     """Sixteen bits: which of the numbers of eight words are below the limit; `first` is the key and the first word."""
 
@@ -177,6 +203,7 @@ def _multiply_lanes(typing_context, x, y, first, squares, products, others):
 _multiply: Any = _multiply_lanes
 _add: Any = _add_lanes
 _pack: Any = _pack_lanes
+_pack_magnitudes: Any = _pack_keys
 _draw: Any = _draw_lanes
 _choose: Any = _choose_lanes
 
@@ -248,6 +275,28 @@ def marked_places(bits: Any, low: Any, width: Any, places: Any) -> int:
     return found
 
 
+@JIT
+def _packed_keys(bits: Any, low: Any, high: Any, room: Any, places: Any, found: int) -> tuple[int, int]:
+    """`keys_between`, sixteen elements at a time."""
+    counts = 0
+    for j in range(0, RUN, LANES):
+        at = found + (counts & 0xFFFFFFFF)
+        counts += _pack_magnitudes(bits, j, low, np.uint32(high - low), high, room, at)
+    return counts >> 32, found + (counts & 0xFFFFFFFF)
+
+
+@JIT
+def _marked_keys(bits: Any, low: Any, high: Any, room: Any, places: Any, found: int) -> tuple[int, int]:
+    """`keys_between`, by their places."""
+    above = np.uint32(0)
+    for j in range(RUN):
+        above = np.uint32(above + np.uint32(bits[j] > high))
+    inside = marked_places(bits, low, np.uint32(high - low), places)
+    for k in range(inside):
+        room[found + k] = bits[places[k]]
+    return int(above), found + inside
+
+
 def _packs() -> bool:
     """Whether compiled code packs vectors: LLVM has a name for it since 19, and would spell it out without AVX-512."""
     if binding.llvm_version_info < (19,) or {"NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"} & os.environ.keys():
@@ -259,4 +308,9 @@ places_between: Any = packed_places if _packs() else marked_places
 """(bits, low, width, places) -> how many of a run's magnitudes are in [low, low + width]; their places go to `places`.
 
 `bits` has RUN float32 numbers seen as uint32, whose sign does not count; `places` is uint32 [PLACES].
+"""
+keys_between: Any = _packed_keys if _packs() else _marked_keys
+"""(bits, low, high, room, places, found) -> (how many of a run's magnitudes are above, `found` and those inside).
+
+Those in [low, high] go to room[found:], which has room for LANES more; `places` is as above.
 """

@@ -8,7 +8,7 @@ import numpy as np
 
 from smelt.engine.kernels.loops.elements import JIT, multiply_add, rooms, widen
 from smelt.engine.kernels.loops.fetch import cut, fetch
-from smelt.engine.kernels.loops.picking import multiply_two, places_between
+from smelt.engine.kernels.loops.picking import keys_between, multiply_two
 from smelt.engine.kernels.sizes import MOST_MODELS, PLACES, RUN
 from smelt.engine.tiles import BLOCK, PIECE
 from smelt.methods.reducers import LANES
@@ -114,15 +114,13 @@ def keep_between(bits: Any, low: Any, high: Any, room: Any, places: Any, found: 
     Gives (above, found). `bits` has RUN elements, filled up with zeros and a `low` of at least 1 where there are fewer;
     `places` is room for PLACES numbers.
     """
-    above = np.uint32(0)
+    if high >= low:
+        counted: tuple[int, int] = keys_between(bits, low, np.uint32(high), room, places, found)
+        return counted
+    above = np.uint32(0)  # a bracket of zeros alone
     for j in range(RUN):
         above = np.uint32(above + np.uint32(bits[j] > high))
-    if high < low:  # a bracket of zeros alone
-        return int(above), found
-    inside = places_between(bits, low, np.uint32(high - low), places)
-    for k in range(inside):
-        room[found + k] = bits[places[k]]
-    return int(above), found + inside
+    return int(above), found
 
 
 @JIT
