@@ -13,12 +13,20 @@ from conformance.draws import TYPES, kinds, settings, tensors
 from conformance.driver import Memory, plan_of
 from smelt.engine.forecast import forecast
 from smelt.engine.kernels import STREAMED, fused
-from smelt.engine.kernels.loops.picking import marked_places, packed_places
-from smelt.engine.kernels.sizes import PLACES, RUN
+from smelt.engine.kernels.loops.picking import (
+    _marked_keys,
+    _packed_keys,
+    add_chosen,
+    marked_places,
+    multiply_two,
+    packed_places,
+)
+from smelt.engine.kernels.sizes import PLACES, RUN, SPILL
 from smelt.engine.run import RunResult, run
 from smelt.engine.tiles import PIECE, TASK
 from smelt.errors import InputError
 from smelt.methods import api
+from smelt.methods.reducers import LANES
 from smelt.planning.entries import Plan
 from smelt.storage.sources.memory import MemoryCheckpoint
 
@@ -131,6 +139,58 @@ def test_places_of_a_run(share: float) -> None:
         places = np.zeros(PLACES, dtype=np.uint32)
         found = way(bits, low, width, places)
         assert sorted(places[:found].tolist()) == expected.tolist(), way
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.5, 1.0])
+def test_keys_of_a_run(share: float) -> None:
+    """Both ways count those above and keep those inside, behind what was there; no further than the room goes."""
+    rng = np.random.default_rng(12)
+    bits = rng.integers(0, 1 << 31, RUN, dtype=np.uint32)
+    low = np.uint32(1 << 28)
+    high = np.uint32(low + share * ((1 << 31) - (1 << 28) - 1))
+    bits[rng.permutation(RUN)[:3]] = [low, high, low - 1]
+    inside = bits[(bits >= low) & (bits <= high)]
+    for way in (_packed_keys, _marked_keys):
+        room = np.zeros(7 + inside.size + SPILL + 1, dtype=np.uint32)
+        above, found = way(bits, low, high, room, np.zeros(PLACES, dtype=np.uint32), 7)
+        assert above == np.count_nonzero(bits > high), way
+        assert found == 7 + inside.size, way
+        assert sorted(room[7:found].tolist()) == sorted(inside.tolist()), way
+        assert not room[:7].any()
+        assert room[-1] == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_sums_of_what_is_chosen(share: float) -> None:
+    """All numbers of a run and those of set bits, each added to its lane in the order of the run."""
+    rng = np.random.default_rng(13)
+    values = (rng.standard_normal(RUN) * np.exp(rng.normal(0, 8, RUN))).astype(np.float32)
+    chosen = rng.random(RUN) < share
+    bits = np.packbits(chosen, bitorder="little")
+    start = rng.standard_normal((2, LANES))
+    expected = start.copy()
+    for j in range(RUN):
+        expected[0, j % LANES] += np.float64(values[j])
+        expected[1, j % LANES] += np.float64(values[j]) if chosen[j] else 0.0
+    whole, kept = start.copy()
+    add_chosen(values, bits, whole, kept)
+    assert whole.tobytes() == expected[0].tobytes()
+    assert kept.tobytes() == expected[1].tobytes()
+
+
+def test_products_of_two() -> None:
+    """Fused sums of products have the bits of separate ones: products of float32 numbers are exact."""
+    rng = np.random.default_rng(14)
+    x, y = (rng.standard_normal((2, RUN)) * np.exp(rng.normal(0, 20, (2, RUN)))).astype(np.float32)
+    start = rng.standard_normal((3, LANES))
+    expected = start.copy()
+    for j in range(RUN):
+        a, b = np.float64(x[j]), np.float64(y[j])
+        for total, product in zip(expected, (a * a, a * b, b * b), strict=True):
+            total[j % LANES] += product
+    sums = start.copy()
+    multiply_two(x, y, sums[0], sums[1], sums[2])
+    assert sums.tobytes() == expected.tobytes()
 
 
 def test_a_guess_of_zeros_alone() -> None:
