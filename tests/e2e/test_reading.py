@@ -15,14 +15,14 @@ import pytest
 import factory
 from factory import INPUT, config, linear, model, recipe, smelt
 from smelt.engine import run as engine
-from smelt.engine.tiles import TASK
+from smelt.engine.tiles import STREAMED_TASK
 from smelt.storage import files
 from smelt.storage.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba, hence any kernel, is missing")
 
 WIDTH = 4096
-ROWS = 5 * TASK // (2 * WIDTH)
+ROWS = 5 * STREAMED_TASK // (2 * WIDTH)
 """Of the large tensor: three tasks."""
 TIES = {"merge_method": "ties", "base_model": "m0", "parameters": {"weight": 0.5, "density": 0.5}}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -35,8 +35,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three models of 10 MB in two large tensors."""
-    assert 2 * TASK < ROWS * WIDTH <= 3 * TASK
+    """Three models of 21 MB in two large tensors."""
+    assert 2 * STREAMED_TASK < ROWS * WIDTH <= 3 * STREAMED_TASK
     folder = tmp_path_factory.mktemp("large")
     for i in range(3):
         noise = np.random.default_rng(i)

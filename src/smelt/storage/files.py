@@ -513,7 +513,7 @@ def _read_fully(descriptor: int, path: Path, lock: threading.Lock, offset: int, 
         if count == 0:
             raise InputError(
                 "the file ends early: it was cut off",
-                where=[str(path), f"{len(view)} bytes are missing at byte {offset}"],
+                where=[str(path), f"nothing is there at byte {offset}"],
                 fix="fetch the file again",
             )
         view, offset = view[count:], offset + count

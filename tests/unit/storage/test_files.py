@@ -150,7 +150,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"12345")
     with files.open_read(tmp_path / "f") as file, pytest.raises(InputError, match="ends early") as caught:
         file.read_into(2, bytearray(4))
-    assert caught.value.where == (str(tmp_path / "f"), "1 bytes are missing at byte 5")
+    assert caught.value.where == (str(tmp_path / "f"), "nothing is there at byte 5")
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
