@@ -207,8 +207,13 @@ def cache_folder() -> Path:
 
 
 def _numba_version() -> bytes:
-    """numba's file of its own version: to import numba for it would take as long as all else."""
+    """numba's file of its own version: to import numba, or to ask for its metadata, would take longer than all else."""
     spec = find_spec("numba")
     if spec is None or spec.origin is None:
         raise ImportError("numba is not installed")
-    return files.read_bytes(Path(spec.origin).with_name("_version.py"), limit=_SOURCE_LIMIT)
+    try:
+        return files.read_bytes(Path(spec.origin).with_name("_version.py"), limit=_SOURCE_LIMIT)
+    except SmeltError:
+        from importlib.metadata import version
+
+        return version("numba").encode()
