@@ -24,6 +24,7 @@ _MAGNITUDE = 0x7FFFFFFF
 _WORD, _LONG = ir.IntType(32), ir.IntType(64)
 _WORDS, _LONGS = ir.VectorType(_WORD, LANES), ir.VectorType(_LONG, LANES // 2)
 _BITS = ir.VectorType(ir.IntType(1), LANES)
+_FLOATS, _DOUBLES = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.DoubleType(), LANES)
 _int64, _uint64, _uint32, _uint16 = numba.types.int64, numba.types.uint64, numba.types.uint32, numba.types.uint16
 
 
@@ -45,6 +46,39 @@ def _at(context: Any, builder: Any, array_type: Any, array: Any, place: Any) -> 
     return builder.bitcast(builder.gep(data, [place]), _WORDS.as_pointer())
 
 
+def _store_packed(builder: Any, words: Any, chosen: Any, place: Any) -> None:
+    """Store the chosen of sixteen words one after the other; what lies behind them is undefined."""
+    kind = ir.FunctionType(_WORDS, [_WORDS, _BITS, _WORDS])
+    name = f"llvm.experimental.vector.compress.v{LANES}i32"
+    compress = cgutils.get_or_insert_function(builder.module, kind, name)
+    builder.store(builder.call(compress, [words, chosen, ir.Constant(_WORDS, ir.Undefined)]), place, align=4)
+
+
+def _count(builder: Any, chosen: Any) -> Any:
+    """How many of sixteen lanes are chosen, as an integer of 64 bits."""
+    return builder.zext(builder.ctpop(builder.bitcast(chosen, ir.IntType(LANES))), _LONG)
+
+
+def _doubles_at(context: Any, builder: Any, array_type: Any, array: Any, place: Any) -> Any:
+    """Sixteen float32 numbers of an array, as float64."""
+    numbers = builder.bitcast(_at(context, builder, array_type, array, place), _FLOATS.as_pointer())
+    return builder.fpext(builder.load(numbers, align=4), _DOUBLES)
+
+
+def _fold_rows(context: Any, builder: Any, kinds: Any, lanes: Any, first: Any, step: Any) -> Any:
+    """The sums of sixteen lanes from `first` on, in each array of `lanes`, after `step`(start, sums) of each row."""
+    targets = [
+        builder.bitcast(_at(context, builder, kind, array, first), _DOUBLES.as_pointer())
+        for kind, array in zip(kinds, lanes, strict=True)
+    ]
+    sums = [builder.load(target, align=8) for target in targets]
+    for row in range(RUN // ROW):
+        sums = step(builder.add(first, ir.Constant(_LONG, row * ROW)), sums)
+    for target, value in zip(targets, sums, strict=True):
+        builder.store(value, target, align=8)
+    return context.get_dummy_value()
+
+
 @intrinsic
 def _pack_lanes(typing_context, bits, start, low, width, places, found):
     """Of sixteen elements from `start` on: put the places inside to places[found:], and say how many they are."""
@@ -57,12 +91,8 @@ def _pack_lanes(typing_context, bits, start, low, width, places, found):
         )
         inside = builder.icmp_unsigned("<=", keys, _everywhere(builder, _WORDS, width))
         own = builder.add(_everywhere(builder, _WORDS, builder.trunc(start, _WORD)), _steps(_WORDS))
-        kind = ir.FunctionType(_WORDS, [_WORDS, _BITS, _WORDS])
-        name = f"llvm.experimental.vector.compress.v{LANES}i32"
-        compress = cgutils.get_or_insert_function(builder.module, kind, name)
-        packed = builder.call(compress, [own, inside, ir.Constant(_WORDS, ir.Undefined)])
-        builder.store(packed, _at(context, builder, signature.args[4], target, found), align=4)
-        return builder.zext(builder.ctpop(builder.bitcast(inside, ir.IntType(LANES))), _LONG)
+        _store_packed(builder, own, inside, _at(context, builder, signature.args[4], target, found))
+        return _count(builder, inside)
 
     return _int64(bits, _int64, _uint32, _uint32, places, _int64), generate
 
@@ -80,15 +110,9 @@ def _pack_keys(typing_context, bits, start, low, width, high, room, found):
         above = builder.icmp_unsigned(">", keys, _everywhere(builder, _WORDS, high))
         distance = builder.sub(keys, _everywhere(builder, _WORDS, low))
         inside = builder.icmp_unsigned("<=", distance, _everywhere(builder, _WORDS, width))
-        kind = ir.FunctionType(_WORDS, [_WORDS, _BITS, _WORDS])
-        name = f"llvm.experimental.vector.compress.v{LANES}i32"
-        compress = cgutils.get_or_insert_function(builder.module, kind, name)
-        packed = builder.call(compress, [keys, inside, ir.Constant(_WORDS, ir.Undefined)])
-        builder.store(packed, _at(context, builder, signature.args[5], target, found), align=4)
-        counts = [
-            builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(LANES))), _LONG) for mask in (inside, above)
-        ]
-        return builder.or_(counts[0], builder.shl(counts[1], ir.Constant(_LONG, 32)))
+        _store_packed(builder, keys, inside, _at(context, builder, signature.args[5], target, found))
+        upper = builder.shl(_count(builder, above), ir.Constant(_LONG, 32))
+        return builder.or_(_count(builder, inside), upper)
 
     return _int64(bits, _int64, _uint32, _uint32, _uint32, room, _int64), generate
 
@@ -137,24 +161,16 @@ def _add_lanes(typing_context, values, bits, first, whole, kept):
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-        source, bits, first, whole, kept = arguments
-        numbers, doubles = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.DoubleType(), LANES)
-        targets = [
-            builder.bitcast(_at(context, builder, signature.args[k], array, first), doubles.as_pointer())
-            for k, array in ((3, whole), (4, kept))
-        ]
-        sums = [builder.load(target, align=8) for target in targets]
+        source, bits, first, *lanes = arguments
         halves = context.make_array(signature.args[1])(context, builder, bits).data
-        for row in range(RUN // ROW):
-            start = builder.add(first, ir.Constant(_LONG, row * ROW))
-            place = builder.bitcast(_at(context, builder, signature.args[0], source, start), numbers.as_pointer())
-            number = builder.fpext(builder.load(place, align=4), doubles)
+
+        def step(start: Any, sums: Sequence[Any]) -> list[Any]:
+            number = _doubles_at(context, builder, signature.args[0], source, start)
             half = builder.load(builder.gep(halves, [builder.lshr(start, ir.Constant(_LONG, 4))]), align=2)
-            chosen = builder.select(builder.bitcast(half, _BITS), number, ir.Constant(doubles, [0.0] * LANES))
-            sums = [builder.fadd(sums[0], number), builder.fadd(sums[1], chosen)]
-        for target, value in zip(targets, sums, strict=True):
-            builder.store(value, target, align=8)
-        return context.get_dummy_value()
+            chosen = builder.select(builder.bitcast(half, _BITS), number, ir.Constant(_DOUBLES, [0.0] * LANES))
+            return [builder.fadd(sums[0], number), builder.fadd(sums[1], chosen)]
+
+        return _fold_rows(context, builder, signature.args[3:], lanes, first, step)
 
     return numba.types.void(values, bits, _int64, whole, kept), generate
 
@@ -168,34 +184,16 @@ def _multiply_lanes(typing_context, x, y, first, squares, products, others):
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
         x, y, first, *lanes = arguments
-        numbers, doubles = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.DoubleType(), LANES)
-        fused = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(doubles, [doubles] * 3), f"llvm.fma.v{LANES}f64"
-        )
-        targets = [
-            builder.bitcast(_at(context, builder, signature.args[3 + k], array, first), doubles.as_pointer())
-            for k, array in enumerate(lanes)
-        ]
-        sums = [builder.load(target, align=8) for target in targets]
-        for row in range(RUN // ROW):
-            start = builder.add(first, ir.Constant(_LONG, row * ROW))
-            one, two = (
-                builder.fpext(
-                    builder.load(
-                        builder.bitcast(_at(context, builder, signature.args[k], array, start), numbers.as_pointer()),
-                        align=4,
-                    ),
-                    doubles,
-                )
-                for k, array in enumerate((x, y))
-            )
-            sums = [
-                builder.call(fused, [a, b, total])
-                for a, b, total in zip((one, one, two), (one, two, two), sums, strict=True)
-            ]
-        for target, value in zip(targets, sums, strict=True):
-            builder.store(value, target, align=8)
-        return context.get_dummy_value()
+        kind = ir.FunctionType(_DOUBLES, [_DOUBLES] * 3)
+        fused = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f64")
+
+        def step(start: Any, sums: Sequence[Any]) -> list[Any]:
+            one = _doubles_at(context, builder, signature.args[0], x, start)
+            two = _doubles_at(context, builder, signature.args[1], y, start)
+            pairs = ((one, one), (one, two), (two, two))
+            return [builder.call(fused, [*pair, total]) for pair, total in zip(pairs, sums, strict=True)]
+
+        return _fold_rows(context, builder, signature.args[3:], lanes, first, step)
 
     return numba.types.void(x, y, _int64, squares, products, others), generate
 
@@ -286,15 +284,21 @@ def _packed_keys(bits: Any, low: Any, high: Any, room: Any, places: Any, found: 
 
 
 @JIT
-def _marked_keys(bits: Any, low: Any, high: Any, room: Any, places: Any, found: int) -> tuple[int, int]:
-    """`keys_between`, by their places."""
+def count_above(bits: Any, high: Any) -> int:
+    """How many of a run's magnitudes are above `high`."""
     above = np.uint32(0)
     for j in range(RUN):
         above = np.uint32(above + np.uint32(bits[j] > high))
+    return int(above)
+
+
+@JIT
+def _marked_keys(bits: Any, low: Any, high: Any, room: Any, places: Any, found: int) -> tuple[int, int]:
+    """`keys_between`, by their places."""
     inside = marked_places(bits, low, np.uint32(high - low), places)
     for k in range(inside):
         room[found + k] = bits[places[k]]
-    return int(above), found + inside
+    return count_above(bits, high), found + inside
 
 
 def _packs() -> bool:

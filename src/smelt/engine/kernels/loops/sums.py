@@ -8,7 +8,7 @@ import numpy as np
 
 from smelt.engine.kernels.loops.elements import JIT, multiply_add, rooms, widen
 from smelt.engine.kernels.loops.fetch import cut, fetch
-from smelt.engine.kernels.loops.picking import keys_between, multiply_two
+from smelt.engine.kernels.loops.picking import count_above, keys_between, multiply_two
 from smelt.engine.kernels.sizes import MOST_MODELS, PLACES, RUN
 from smelt.engine.tiles import BLOCK, PIECE
 from smelt.methods.reducers import LANES
@@ -41,7 +41,7 @@ def _multiply_run(x: Any, y: Any, count: int, lanes: Any) -> None:
 
 
 @JIT
-def _widen_run(stored: Any, out: Any) -> None:
+def widen_run(stored: Any, out: Any) -> None:
     for j in range(stored.size):
         out[j] = widen(stored[j])
 
@@ -58,7 +58,7 @@ def sums(row: Any, block: int, lanes: Any) -> None:
     room = rooms(1, RUN, np.float32)[0]
     for low in range(0, row.size, RUN):
         part = row[low : min(low + RUN, row.size)]
-        _widen_run(part, room)
+        widen_run(part, room)
         add_run(room, part.size, lanes[low // block])
 
 
@@ -73,7 +73,7 @@ def products(stored: Any, base: Any, of_deltas: bool, block: int, first: int, la
     for low in range(0, size, RUN):
         high = min(low + RUN, size)
         for i in range(len(stored)):
-            _widen_run(stored[i][low:high], room[i])
+            widen_run(stored[i][low:high], room[i])
             if of_deltas:
                 _subtract_run(base[low:high], room[i])
         at = first + low // block
@@ -117,10 +117,7 @@ def keep_between(bits: Any, low: Any, high: Any, room: Any, places: Any, found: 
     if high >= low:
         counted: tuple[int, int] = keys_between(bits, low, np.uint32(high), room, places, found)
         return counted
-    above = np.uint32(0)  # a bracket of zeros alone
-    for j in range(RUN):
-        above = np.uint32(above + np.uint32(bits[j] > high))
-    return int(above), found
+    return count_above(bits, high), found  # a bracket of zeros alone
 
 
 @JIT

@@ -12,19 +12,14 @@ from typing import Any
 import numpy as np
 from numba.extending import overload
 
+from smelt.engine.kernels.loops import sums
 from smelt.engine.kernels.loops.elements import JIT, infinity, least, magnitude, mix, narrow, rooms, widen
 from smelt.engine.kernels.loops.fetch import cut, fetch
 from smelt.engine.kernels.loops.picking import add_chosen, choose, draw_below, places_between
-from smelt.engine.kernels.loops.sums import add_run, keep_between
+from smelt.engine.kernels.loops.sums import add_run, keep_between, widen_run
 from smelt.engine.kernels.sizes import ADD, DROP, ELECT_MEAN, MOST_MODELS, PLACES, RUN, TRIM
 from smelt.engine.tiles import BLOCK, PIECE
 from smelt.methods.stages import TINY
-
-
-@JIT
-def _widen_base(base: Any, out: Any) -> None:
-    for j in range(base.size):
-        out[j] = widen(base[j])
 
 
 @JIT
@@ -202,7 +197,7 @@ def _mix_piece(
     found = False
     for low in range(0, out.size, RUN):
         high = min(low + RUN, out.size)
-        _widen_base(base[low:high], bases)
+        widen_run(base[low:high], bases)
         for i in range(len(stored)):
             if rule == TRIM and limit[i] == 0:
                 _subtract_and_trim(stored[i][low:high], bases, value[i], room[i])
@@ -261,8 +256,7 @@ def count_upper(files: Any, stored: Any, size: int, histograms: Any) -> None:
             for start in range(at, at + high - low, RUN):
                 stop = min(start + RUN, at + high - low)
                 _magnitude_bits(stored[i][start:stop], stored[-1][start:stop], bits)
-                for j in range(stop - start):
-                    histogram[bits[j] >> np.uint32(16)] += 1
+                sums.count_upper(bits[: stop - start], histogram)
 
 
 @JIT
@@ -277,10 +271,7 @@ def count_lower(files: Any, stored: Any, size: int, histograms: Any, prefixes: A
                 stop = min(start + RUN, at + high - low)
                 _magnitude_bits(stored[i][start:stop], stored[-1][start:stop], bits)
                 for place in range(prefixes.shape[1]):
-                    prefix, histogram = prefixes[i, place], histograms[i, place]
-                    for j in range(stop - start):
-                        if bits[j] >> np.uint32(16) == prefix:
-                            histogram[bits[j] & np.uint32(0xFFFF)] += 1
+                    sums.count_lower(bits[: stop - start], prefixes[i, place], histograms[i, place])
 
 
 @JIT
