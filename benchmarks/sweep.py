@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 import smelt
-from lock import LockProbe, calibrated, held_during, idle_share
+from lock import LockProbe, calibrated, held_during
 from measure import machine, table_head, table_row, workplace
 from recipes import recipe
 from synthetic import SIZES, make, size_bytes
@@ -63,11 +63,10 @@ class ThreadPoint:
 
 @dataclass(frozen=True, slots=True)
 class LockPoint:
-    """The share of one worker's time in which the interpreter lock is held, and its standard error."""
+    """The share of one worker's time in which the interpreter lock is held."""
 
     method: str
     held: float
-    error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,14 +208,13 @@ def locked(models: Sequence[Path], out: Path) -> dict[str, object] | None:
     """The interpreter lock while one worker merges, and the probe's own check; None with a single core."""
     if len(os.sched_getaffinity(0)) < 2:
         return None
-    idle = idle_share()
-    true, seen = calibrated(idle=idle)
+    true, seen = calibrated()
     points = []
     for method in THREADED:
         used = models[: 2 if method == "slerp" else 3]
-        share = held_during(lambda probe, m=method, u=used: once(m, u, out, threads=1, probe=probe), idle=idle)
-        points.append(asdict(LockPoint(method, share.held, share.error)))
-    return {"check": {"true": true, "seen": seen.held, "error": seen.error}, "shares": points}
+        share = held_during(lambda probe, m=method, u=used: once(m, u, out, threads=1, probe=probe))
+        points.append(asdict(LockPoint(method, share.held)))
+    return {"check": {"true": true, "seen": seen.held}, "shares": points}
 
 
 def page(curves: dict[str, object]) -> Iterator[str]:
@@ -249,14 +247,13 @@ def page(curves: dict[str, object]) -> Iterator[str]:
         yield "\n## The interpreter lock\n"
         yield "The share of one worker's time in which it holds the lock, seen by a probe on"
         yield "another core (`benchmarks/lock.py`): n threads can go at most 1 / share times as fast.\n"
-        yield table_head(["method", "lock held", "±", "speed-up at most"])
+        yield table_head(["method", "lock held", "speed-up at most"])
         for p in read["lock"]["shares"]:
-            most = f"{1 / p['held']:.1f}" if p["held"] else "–"
-            yield table_row([p["method"], f"{100 * p['held']:.1f} %", f"{100 * p['error']:.1f}", most])
+            most = f"{1 / p['held']:.0f}" if p["held"] else "–"
+            yield table_row([p["method"], f"{100 * p['held']:.1f} %", most])
         check = read["lock"]["check"]
         yield f"\nThe probe's check: a thread that held the lock for {100 * check['true']:.1f} % of the time was"
-        yield f"seen as {100 * check['seen']:.1f} ± {100 * check['error']:.1f} %. Where these are far apart,"
-        yield "the machine was not quiet."
+        yield f"seen as {100 * check['seen']:.1f} %. Where these are far apart, the machine was not quiet."
 
 
 def tile_label(elements: float) -> str:
