@@ -52,20 +52,23 @@ def ended(method: str, models: Any, base: Any, values: Any, kernels: bool) -> An
         return type(error).__name__
 
 
-def test_entries_that_equal_the_cut() -> None:
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "breadcrumbs_ties"])
+def test_entries_that_equal_the_cut(method: str) -> None:
     """Deltas of a few sizes only: the random decision at the cut is the same."""
     rng = np.random.default_rng(2)
-    info = api.get("ties")
-    for density in (0.1, 0.5, 0.77):
+    info = api.get(method)
+    for density, gamma in ((0.1, 0.0), (0.5, 0.1), (0.77, 0.2), (0.05, 0.6), (1.0, 0.1)):
         models = [rng.integers(-3, 4, 70001).astype(np.float32) for _ in range(3)]
-        values = {**settings(info, rng, 3), "density": [density] * 3}
+        values = {**settings(info, rng, 3), "density": [density, density, 0.3]}
+        values |= {"gamma": [gamma] * 3} if method != "ties" else {}
         base = np.zeros(70001, dtype=np.float32)
-        one, two = (ended("ties", models, base, values, kernels) for kernels in (False, True))
+        one, two = (ended(method, models, base, values, kernels) for kernels in (False, True))
         assert one == two
+        assert len(one) == base.nbytes
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear", "linear", "slerp"])
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear", "breadcrumbs", "linear", "slerp"])
 def test_numbers_that_are_none(method: str, bad: float) -> None:
     info = api.get(method)
     rng = np.random.default_rng(4)
@@ -134,3 +137,30 @@ def test_partial_results(reducer: Any, count: int) -> None:
         assert np.asarray(parts[0][-1]).tobytes() == np.asarray(parts[1][-1]).tobytes()
         for side, part in zip((one, two), parts, strict=True):
             side.close(side.fold(None, part))
+
+
+def _clustered(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Magnitudes so close together that all of a row fall into one bucket."""
+    numbers: np.ndarray[Any, Any] = (1.5 + rng.random(shape) * 2.0**-9).astype(np.float32)
+    return numbers * rng.choice(np.float32([-1, 1]), shape)
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (3, 1023), (5, 4099), (2, 65536), (1, 70001), (700, 1), (9, 31)])
+@pytest.mark.parametrize("kind", ["equal", "mostly zero", "clustered", "spread", "not finite"])
+def test_ranks(kind: str, shape: tuple[int, int]) -> None:
+    """Rows of equal, of nearly equal and of far different magnitudes; rows wider than a piece; NaN."""
+    rng = np.random.default_rng(5)
+    made = {
+        "equal": lambda: rng.integers(-2, 3, shape).astype(np.float32),
+        "mostly zero": lambda: (rng.standard_normal(shape) * (rng.random(shape) < 0.1)).astype(np.float32),
+        "clustered": lambda: _clustered(rng, shape),
+        "spread": lambda: np.exp(rng.uniform(-60, 60, shape)).astype(np.float32),
+        "not finite": lambda: np.where(rng.random(shape) < 0.1, np.float32(np.nan), rng.standard_normal(shape)),
+    }[kind]
+    models, base = [made().astype(np.float32) for _ in range(2)], np.zeros(shape, dtype=np.float32)
+    info = api.get("della")
+    for epsilon, rescale in ((0.3, True), (-0.2, True), (0.3, False)):
+        values = {**settings(info, rng, 2), "density": [0.5, 0.4], "epsilon": [epsilon, 0.05], "rescale": rescale}
+        one, two = (ended("della", models, base, values, kernels) for kernels in (False, True))
+        assert one == two
+        assert len(one) == base.nbytes

@@ -13,12 +13,14 @@ from smelt.engine.reducing import bind, schedule
 from smelt.engine.run import KEEP_BYTES, worth_kernels
 from smelt.engine.steps import remembered_bytes
 from smelt.engine.tiles import BLOCK, TASK, Geometry
+from smelt.engine.tiles import PIECE as KERNEL_PIECE
 from smelt.engine.whole import result_bytes
 from smelt.errors import RecipeError
 from smelt.methods.api import Cost
 from smelt.methods.selection import KthLargest
 from smelt.planning.entries import Action, Entry, Plan
 from smelt.planning.whole import groups, is_whole
+from smelt.specs import Grain
 from smelt.storage.files import size_text
 
 INTERPRETER = 120 << 20
@@ -271,7 +273,10 @@ def _streamed(entry: Entry, in_files: Container[int]) -> int:
         return 0
     if not all(source.model in in_files for source in entry.sources):
         return 0
-    return 1 + max((end for _, end in schedule(bind(entry).active(), guessed=True)), default=0)
+    method = bind(entry)
+    if method.grain is Grain.ROW and entry.shape and entry.shape[-1] > KERNEL_PIECE:
+        return 0
+    return 1 + max((end for _, end in schedule(method.active(), guessed=True)), default=0)
 
 
 def work_of(entry: Entry) -> Cost | None:

@@ -98,7 +98,7 @@ class Given(Arguments):
     ) -> None:
         super().__init__(stored, geometry=geometry, **place)
         self.scratch = scratch
-        self.size = geometry.size
+        self.size, self.width, self.block = geometry.size, geometry.width, geometry.block
         self.once, self.keep, self.kept = memory.once, memory.keep, memory.kept
         self._kernels = kernels
 

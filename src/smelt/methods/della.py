@@ -43,11 +43,11 @@ def prune_by_rank(deltas: Array, density: Array, epsilon: Array, uniform: Array)
 
 
 def mean_ranks(ordered: Array) -> Array:
-    """Ranks from 0 in rows [rows, width] of rising numbers, float64; equal numbers share the mean of their ranks."""
+    """Ranks from 0 in rows [rows, width] of rising numbers, float64; equal ones (or NaN) share the mean of theirs."""
     xp = array_namespace(ordered)
     rows, width = ordered.shape
     begins = xp.ones((rows, width), dtype=xp.bool)
-    begins[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    begins[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]) & ~xp.isnan(ordered[:, :-1])
     if bool(xp.all(begins)):
         return xp.broadcast_to(xp.arange(width, dtype=xp.float64), (rows, width))
     begins = xp.reshape(begins, (-1,))

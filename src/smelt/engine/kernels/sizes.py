@@ -12,14 +12,16 @@ GRID = 1 << 24
 """Random numbers are whole multiples of 1 / GRID."""
 LANES = 16
 """Elements of a vector."""
+WORD = 64
+"""Bits are kept in whole words of so many."""
 SPILL = LANES
 """Elements behind the last one that is kept to which a vector may write."""
 PLACES = RUN + SPILL
 """Room that looking for places in a run needs."""
 MOST_MODELS = 12
 """Above this many models a method's own function is called."""
-TRIM, DROP, DROP_AGAIN = 0, 1, 2
-"""What is kept of task vectors: what is above a cut, what is drawn, what was drawn before."""
+TRIM, DROP, DROP_AGAIN, BAND = range(4)
+"""What is kept of task vectors: what is above a cut, what is drawn, what was drawn before, what is between two cuts."""
 ELECT_MEAN: Any = (0,)
 ELECT_SUM: Any = (0, 0)
 ADD: Any = (0, 0, 0)

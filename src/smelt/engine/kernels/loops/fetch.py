@@ -21,10 +21,10 @@ _pread: Any = numba.types.ExternalFunction("pread", _int64(numba.types.int32, _a
 def fetch(files: Any, stored: Any, low: int, high: int) -> int:
     """Where in the arrays elements [low, high) of the range are, once they have been read if they were not.
 
-    `low` is a multiple of PIECE, and `high` at most one more. Raises OSError, of which nothing more is known: the
-    ordinary way of reading will say what is wrong.
+    The arrays have room for the range, or for one piece; then two pieces together are more than they hold. Raises
+    OSError, of which nothing more is known: the ordinary way of reading will say what is wrong.
     """
-    at: int = low % max(stored[0].size, 1)
+    at: int = low if high <= stored[0].size else 0
     for i in range(len(stored)):
         if files[i, 0] < 0:
             break

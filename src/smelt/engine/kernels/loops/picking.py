@@ -140,6 +140,21 @@ def _draw_lanes(typing_context, first, key, limit):
 
 
 @intrinsic
+def _compare_lanes(typing_context, numbers, limits, start):
+    """Sixteen bits: which of the numbers from `start` on are below their limits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        kinds, (*arrays, start) = signature.args, arguments
+        one, two = (
+            builder.load(_at(context, builder, kind, array, start), align=4)
+            for kind, array in zip(kinds, arrays, strict=False)
+        )
+        return builder.bitcast(builder.icmp_unsigned("<", one, two), ir.IntType(LANES))
+
+    return _uint16(numbers, limits, _int64), generate
+
+
+@intrinsic
 def _choose_lanes(typing_context, values, start, bits, target):
     """Sixteen elements from `start` on: target = values where the bit is set, 0 elsewhere."""
 
@@ -204,6 +219,7 @@ _pack: Any = _pack_lanes
 _pack_magnitudes: Any = _pack_keys
 _draw: Any = _draw_lanes
 _choose: Any = _choose_lanes
+_compare: Any = _compare_lanes
 
 
 @JIT
@@ -217,6 +233,14 @@ def draw_below(key: Any, start: int, limit: Any, bits: Any) -> None:
     for j in range(halves.size):
         halves[j] = _draw(word, np.uint64(key[1]), np.uint32(limit))
         word += np.uint64(np.uint64(LANES // 2) * np.uint64(MIX[0]))
+
+
+@JIT
+def mark_below(numbers: Any, limits: Any, bits: Any) -> None:
+    """Which numbers are below their limits, uint32 both, as `draw_below` sets bits: as many as there are."""
+    halves = bits.view(np.uint16)
+    for j in range(halves.size):
+        halves[j] = _compare(numbers, limits, LANES * j)
 
 
 @JIT

@@ -1,4 +1,4 @@
-"""Trim, drop and elect on stored bytes, each in one pass over a tile.
+"""Trim, band, drop and elect on stored bytes, each in one pass over a tile.
 
 A tile is worked on in runs that stay in the first cache: first each model's differences, with what is not kept set to
 zero, then the election over all models. The operations and their order are those of `methods.stages`, so the bits are
@@ -17,7 +17,7 @@ from smelt.engine.kernels.loops.elements import JIT, infinity, least, magnitude,
 from smelt.engine.kernels.loops.fetch import cut, fetch
 from smelt.engine.kernels.loops.picking import add_chosen, choose, draw_below, places_between
 from smelt.engine.kernels.loops.sums import add_run, keep_between, widen_run
-from smelt.engine.kernels.sizes import ADD, DROP, ELECT_MEAN, MOST_MODELS, PLACES, RUN, TRIM
+from smelt.engine.kernels.sizes import ADD, BAND, DROP, ELECT_MEAN, MOST_MODELS, PLACES, RUN, TRIM
 from smelt.engine.tiles import BLOCK, PIECE
 from smelt.methods.stages import TINY
 
@@ -53,6 +53,24 @@ def _trim(deltas: Any, value: Any, limit: Any, key: Any, start: int, kept: Any, 
     """kept = the deltas above the cut; of those equal to it, those whose random number is below limit / GRID."""
     for j in range(RUN):
         kept[j] = np.float32(0.0) if np.abs(deltas[j]) <= value else deltas[j]
+    _draw_equal(deltas, value, limit, key, start, kept, places)
+
+
+@JIT
+def _band(deltas: Any, value: Any, limit: Any, key: Any, start: int, kept: Any, places: Any) -> None:
+    """kept = the deltas between two cuts, value[0] ≥ value[1], and NaN; of those equal to one as `_trim` does."""
+    high, low = value[0], value[1]
+    for j in range(RUN):
+        size = np.abs(deltas[j])
+        kept[j] = deltas[j] if ((size > low) & (size < high)) | (size != size) else np.float32(0.0)
+    if high != low:
+        _draw_equal(deltas, high, limit[0], key, start, kept, places)
+    _draw_equal(deltas, low, limit[1], key, start, kept, places)
+
+
+@JIT
+def _draw_equal(deltas: Any, value: Any, limit: Any, key: Any, start: int, kept: Any, places: Any) -> None:
+    """Keep those of the deltas whose magnitude is `value` whose random number is below limit / GRID."""
     if limit == 0 or value != value:  # nothing equals a NaN
         return
     words, target = deltas.view(np.uint32), kept.view(np.uint32)
@@ -91,9 +109,11 @@ def _add_model(
         _magnitudes(stored[low:high], base[low:high], deltas)
         bits = marks[(first + low // RUN) % len(marks)]
         if rule == TRIM:
-            _trim(deltas, value, limit, key, start + low, chosen, places)
+            _trim(deltas, value[0], limit[0], key, start + low, chosen, places)
+        elif rule == BAND:
+            _band(deltas, value, limit, key, start + low, chosen, places)
         else:
-            draw_below(key, start + low, limit, bits)
+            draw_below(key, start + low, limit[0], bits)
             if high - low == RUN:
                 add_chosen(deltas, bits, whole, kept)
                 continue
@@ -128,12 +148,12 @@ def add_magnitudes(
             _add_model(part[i], part[-1], *settings, marks[i], run, whole[i, block], kept[i, block])
 
 
-def _combine(kind, room, bases, weight, scale, total, factor, out):
+def combine_run(kind, room, bases, weight, scale, total, factor, out):
     """One run of b + λ · mixed; whether a number of it is not finite."""
     raise NotImplementedError
 
 
-@overload(_combine)
+@overload(combine_run)
 def _written_combine(kind, room, bases, weight, scale, total, factor, out):
     return _written(len(weight), elected=len(kind) < len(ADD), mean=len(kind) == len(ELECT_MEAN))
 
@@ -199,19 +219,21 @@ def _mix_piece(
         high = min(low + RUN, out.size)
         widen_run(base[low:high], bases)
         for i in range(len(stored)):
-            if rule == TRIM and limit[i] == 0:
-                _subtract_and_trim(stored[i][low:high], bases, value[i], room[i])
+            if rule == TRIM and limit[i, 0] == 0:
+                _subtract_and_trim(stored[i][low:high], bases, value[i, 0], room[i])
                 continue
             _subtract(stored[i][low:high], bases, deltas)
             bits = marks[i, (first + low // RUN) % marks.shape[1]]
             if rule == TRIM:
-                _trim(deltas, value[i], limit[i], keys[i], start + low, room[i], places)
+                _trim(deltas, value[i, 0], limit[i, 0], keys[i], start + low, room[i], places)
+            elif rule == BAND:
+                _band(deltas, value[i], limit[i], keys[i], start + low, room[i], places)
             else:
                 if rule == DROP:
-                    draw_below(keys[i], start + low, limit[i], bits)
+                    draw_below(keys[i], start + low, limit[i, 0], bits)
                 choose(deltas, bits, room[i])
         result = out[low:high]
-        found |= _combine(kind, room, bases, weight, scale, total, factor, result)
+        found |= combine_run(kind, room, bases, weight, scale, total, factor, result)
     return found
 
 
