@@ -139,6 +139,29 @@ def test_partial_results(reducer: Any, count: int) -> None:
             side.close(side.fold(None, part))
 
 
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9, 1.0, 0.0])
+def test_variances_that_equal_the_cut(share: float) -> None:
+    rng = np.random.default_rng(6)
+    base = np.zeros(70001, dtype=np.float32)
+    for models in (
+        [rng.integers(-2, 3, 70001).astype(np.float32) for _ in range(3)],
+        [np.full(70001, np.nan, dtype=np.float32), *(rng.standard_normal(70001).astype(np.float32) for _ in range(2))],
+    ):
+        one, two = (ended("sce", models, base, {"select_topk": share}, kernels) for kernels in (False, True))
+        assert one == two
+        assert len(one) == base.nbytes
+
+
+@pytest.mark.parametrize("t", [0.0, 1e-3, 0.5, 1e30])
+def test_distances_at_the_bounds(t: float) -> None:
+    """Differences of 0, below and at the least that counts, as large as t, and none that are numbers."""
+    base = np.float32([1, 1, 1, 1, 0, 0, -0.0, 1, 1, 1, np.nan])
+    model = base + np.float32([0, 1e-7, 1e-6, 0.5, 1e-6, 1e-3, 0, np.inf, -np.inf, np.nan, 1])
+    one, two = (ended("nearswap", [model], base, {"t": t}, kernels) for kernels in (False, True))
+    assert one == two
+    assert len(one) == base.nbytes
+
+
 def _clustered(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """Magnitudes so close together that all of a row fall into one bucket."""
     numbers: np.ndarray[Any, Any] = (1.5 + rng.random(shape) * 2.0**-9).astype(np.float32)

@@ -6,7 +6,8 @@ from array_api_compat import array_namespace
 
 from smelt.methods.api import Array, Method, register, required, scalar
 
-_LEAST = 1e-6
+LEAST = 1e-6
+"""Smaller distances count as this."""
 
 
 @register("nearswap", source="MergeKit; alchemonaut, QuartetAnemoi-70B")
@@ -34,6 +35,6 @@ class NearSwap(Method):
     def tile(self, x: Array, base: Array, deltas: Array) -> Array:
         xp = array_namespace(base)
         distance = xp.astype(xp.abs(deltas[0]), xp.float64)
-        share = self.t / xp.where(distance < _LEAST, xp.full_like(distance, _LEAST), distance)
+        share = self.t / xp.where(distance < LEAST, xp.full_like(distance, LEAST), distance)
         share = xp.clip(share, 0.0, 1.0)
         return xp.astype(share * x[0] + (1.0 - share) * base, xp.float32)

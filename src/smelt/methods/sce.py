@@ -62,9 +62,11 @@ class Sce(Method):
 
     @reduce(KthLargest64, uses=("select_topk",), when=lambda method: method.select_topk < 1.0)
     def cut(self, deltas: Array, varying: Array) -> tuple[Array, Array]:
-        xp = array_namespace(deltas)
-        count = math.floor(max(self.select_topk, 0.0) * float(varying[0]))
-        return variance(deltas), xp.asarray([count])
+        return variance(deltas), array_namespace(deltas).asarray([self.count_to_keep(varying)])
+
+    def count_to_keep(self, varying: Array) -> int:
+        """How many positions are kept, of so many that vary, [1]."""
+        return math.floor(max(self.select_topk, 0.0) * float(varying[0]))
 
     @reduce(Sum, uses=())
     def energy(self, deltas: Array, cut: Cut | None, uniform: Array) -> Array:

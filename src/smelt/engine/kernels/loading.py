@@ -33,7 +33,7 @@ _HERE = Path(__file__).parent
 _SOURCES = (
     *sorted(_HERE.rglob("*.py")),
     _HERE.parent / "tiles.py",
-    *(_HERE.parents[1] / "methods" / name for name in ("reducers.py", "stages.py")),
+    *(_HERE.parents[1] / "methods" / name for name in ("nearswap.py", "reducers.py", "stages.py")),
 )
 """What compiled code is made of, constants of other modules included."""
 _SOURCE_LIMIT = 1 << 20

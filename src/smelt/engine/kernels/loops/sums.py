@@ -27,7 +27,7 @@ def add_run(run: Any, count: int, lanes: Any) -> None:
 
 
 @JIT
-def _multiply_run(x: Any, y: Any, count: int, lanes: Any) -> None:
+def multiply_run(x: Any, y: Any, count: int, lanes: Any) -> None:
     """As `add_run`, of x · y: products of float32 numbers, which are exact in float64."""
     whole = count // (2 * LANES) * (2 * LANES)
     for first in range(0, whole, 2 * LANES):
@@ -83,7 +83,7 @@ def products(stored: Any, base: Any, of_deltas: bool, block: int, first: int, la
         pair = 0
         for i in range(len(stored)):
             for k in range(i, len(stored)):
-                _multiply_run(room[i], room[k], high - low, lanes[pair, at])
+                multiply_run(room[i], room[k], high - low, lanes[pair, at])
                 pair += 1
 
 
