@@ -8,6 +8,7 @@ import importlib
 import inspect
 import io
 import json
+import logging
 import os
 import pty
 import re
@@ -25,6 +26,7 @@ import factory
 from factory import GOLDEN, command, linear, process, recipe, smelt
 from smelt import __version__
 from smelt.cli import show
+from smelt.engine.kernels import loading
 from smelt.errors import RecipeError
 from smelt.methods import api
 
@@ -264,6 +266,23 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch)
         "merging: 38 %, 750 MB of 2.00 GB, 50.00 MB/s, 25 s left",
         "merging: 50 %, 1.00 GB of 2.00 GB, 50.00 MB/s, 20 s left",
     ]
+
+
+def test_compiling_is_told_once() -> None:
+    """With a loop that is compiled for the first time, and only where something is shown at all."""
+    log = logging.getLogger(show._COMPILER)
+    said = []
+    for quiet in (False, True):
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err), show.progress("merging", quiet=quiet):
+            log.info("compiling span.weighted_sum")
+            log.info("compiled span.weighted_sum in 1.0 s")
+            log.info("compiling span.sum_of_deltas")
+        said.append(err.getvalue())
+    assert said == ["merging: compiling its loops, once on this machine\n", ""]
+    assert not log.handlers
+    assert log.level == logging.NOTSET
+    assert loading.__name__ == show._COMPILER
 
 
 def test_plain_lines_of_a_short_run_of_none_and_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

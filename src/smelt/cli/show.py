@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -89,12 +90,42 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Report]:
             TransferSpeedColumn,
         )
 
-        columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        text = TextColumn("{task.description}")
+        columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(label, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            with _told_of_compiling(lambda busy: bar.update(task, description=f"{label} ({_ONCE})" if busy else label)):
+                yield lambda done, total: bar.update(task, completed=done, total=total)
         return
-    yield _Lines(label)
+    lines = _Lines(label)
+    with _told_of_compiling(lines.compiling):
+        yield lines
+
+
+_ONCE = "compiling its loops, once on this machine"
+
+
+@contextmanager
+def _told_of_compiling(say: Callable[[bool], None]) -> Iterator[None]:
+    """Have `say` called with True when a loop is being compiled, and with False when it is done."""
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(record.getMessage().startswith("compiling"))
+
+    log, listener = logging.getLogger(_COMPILER), Listener(logging.INFO)
+    level = log.level
+    log.addHandler(listener)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(listener)
+        log.setLevel(level)
+
+
+_COMPILER = "smelt.engine.kernels.loading"
+"""The log that tells of it: the module is not loaded by merges that have no use for it."""
 
 
 class _Lines:
@@ -103,6 +134,13 @@ class _Lines:
     def __init__(self, label: str) -> None:
         self._label = label
         self._start = self._said = time.monotonic()
+        self._told = False
+
+    def compiling(self, busy: bool) -> None:
+        """The first time that a loop is compiled, say why nothing is seen to be done."""
+        if busy and not self._told:
+            self._told = True
+            print(f"{self._label}: {_ONCE}", file=sys.stderr, flush=True)
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()

@@ -29,6 +29,7 @@ from smelt.errors import SmeltError
 from smelt.storage import files
 
 _log = logging.getLogger(__name__)
+"""Tells at INFO when a loop is being compiled, and when that is done."""
 _HERE = Path(__file__).parent
 _SOURCES = (
     *sorted(_HERE.rglob("*.py")),
@@ -145,6 +146,7 @@ class _Linker:
 
     def _built(self, module: str, name: str, signature: tuple[str, ...], symbol: str) -> bytes:
         started = time.perf_counter()
+        _log.info("compiling %s.%s", module, name)
         from smelt.engine.kernels.loops.building import build
 
         code = build(module, name, signature, symbol=symbol, machine=self._machine)
