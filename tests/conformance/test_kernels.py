@@ -68,7 +68,9 @@ def test_entries_that_equal_the_cut(method: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear", "breadcrumbs", "linear", "slerp"])
+@pytest.mark.parametrize(
+    "method", ["ties", "dare_ties", "dare_linear", "breadcrumbs", "arcee_fusion", "ram", "linear", "slerp"]
+)
 def test_numbers_that_are_none(method: str, bad: float) -> None:
     info = api.get(method)
     rng = np.random.default_rng(4)

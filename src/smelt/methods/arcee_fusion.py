@@ -21,13 +21,23 @@ def softmax(rows: Array) -> Array:
     return powers / xp.sum(powers, axis=-1, keepdims=True)
 
 
-def importance(x: Array, base: Array, deltas: Array) -> Array:
-    """abs(d) · KL(softmax(x) ‖ softmax(b)), one divergence per row, float64 [rows, width]."""
+def divergence(x: Array, base: Array) -> Array:
+    """KL(softmax(x) ‖ softmax(b)) of each row, float64 [rows, 1]."""
     xp = array_namespace(base)
     p = softmax(xp.astype(x, xp.float64)) + _SMOOTHING
     q = softmax(xp.astype(base, xp.float64)) + _SMOOTHING
-    divergence = xp.sum(p * xp.log(p / q), axis=-1, keepdims=True)
-    return xp.astype(xp.abs(deltas), xp.float64) * divergence
+    return xp.sum(p * xp.log(p / q), axis=-1, keepdims=True)
+
+
+def importance(x: Array, base: Array, deltas: Array) -> Array:
+    """abs(d) · KL(softmax(x) ‖ softmax(b)), float64 [rows, width]."""
+    xp = array_namespace(base)
+    return xp.astype(xp.abs(deltas), xp.float64) * divergence(x, base)
+
+
+def quartile_counts(size: int) -> list[int]:
+    """How many of so many numbers are at or above each quartile."""
+    return [size - math.floor(q * (size - 1)) for q in _QUANTILES]
 
 
 @register("arcee_fusion", source="MergeKit; Arcee Fusion")
@@ -59,8 +69,7 @@ class ArceeFusion(Method):
     @reduce(KthLargest64, uses=())
     def quartiles(self, x: Array, base: Array, deltas: Array, size: int) -> tuple[Array, Array]:
         xp = array_namespace(base)
-        counts = [size - math.floor(q * (size - 1)) for q in _QUANTILES]
-        return importance(x[0], base, deltas[0])[None, ...], xp.asarray([counts])
+        return importance(x[0], base, deltas[0])[None, ...], xp.asarray([quartile_counts(size)])
 
     @derive
     def threshold(self, quartiles: Cut) -> float:
