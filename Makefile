@@ -35,12 +35,14 @@ mutants: $(VENV)/.test
 SIZE ?= 1b
 ROUNDS ?= 5
 FOLDER ?= /dev/shm
+SMALLER ?= 160m
 DISK ?= .
 PEER ?= $(shell command -v mergekit-yaml)
 MERGE = $(BIN)/python benchmarks/merge.py --size $(SIZE) --rounds $(ROUNDS) $(if $(PEER),--peer $(PEER),--no-peer)
 
 bench: $(VENV)/.bench
 	$(MERGE) --folder $(FOLDER)
+	$(MERGE) --folder $(FOLDER) --size $(SMALLER) --only more --peer-rounds 1
 	$(BIN)/python benchmarks/startup.py --folder $(FOLDER)
 ifneq ($(DISK),none)
 	$(MERGE) --disk $(DISK) --no-peer

@@ -16,9 +16,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = {"linear": "#0072b2", "slerp": "#d55e00", "ties": "#009e73", "della": "#cc79a7"}
+COLOURS = {"linear": "#0072b2", "slerp": "#d55e00", "ties": "#009e73", "consensus": "#cc79a7"}
 """Of the Okabe-Ito palette, which the colour-blind can tell apart; the markers differ too."""
-MARKERS = {"linear": "o", "slerp": "s", "ties": "^", "della": "D"}
+MARKERS = {"linear": "o", "slerp": "s", "ties": "^", "consensus": "D"}
 SIZE = (6.4, 4.0)
 STYLE = {
     "axes.spines.top": False,

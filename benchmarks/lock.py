@@ -24,6 +24,8 @@ from numba import njit
 
 _LOOKS = 200
 """How often every word is looked at to find the lock, in each of the two states."""
+_TRIES = 20
+"""How often the two states are compared."""
 _LARGEST_STATE = 1 << 20
 """Bytes behind the start of the interpreter's state that are searched, if so many are there."""
 _MONOTONIC = 1
@@ -117,9 +119,12 @@ def _pair() -> Any:
 def _lock_word() -> Any:
     """The word of the lock, as an array of one. Raises RuntimeError where it cannot be told."""
     words = _state()
-    always_one, _ = _counts(words, held=True)
-    _, always_zero = _counts(words, held=False)
-    places = np.flatnonzero((always_one == _LOOKS) & (always_zero == _LOOKS))
+    goes_with_it = np.ones(len(words), dtype=bool)
+    for _ in range(_TRIES):  # other words may do so once, by chance
+        always_one, _ = _counts(words, held=True)
+        _, always_zero = _counts(words, held=False)
+        goes_with_it &= (always_one == _LOOKS) & (always_zero == _LOOKS)
+    places = np.flatnonzero(goes_with_it)
     if len(places) != 1:
         raise RuntimeError(f"{len(places)} words of the interpreter's state go with its lock: expected one")
     return words[places[0] : places[0] + 1]

@@ -7,7 +7,8 @@ usage: python benchmarks/merge.py [--size 1b] [--folder /dev/shm] [--rounds 5] [
 Makes synthetic checkpoints in a temporary folder (removed at the end, after Ctrl-C too; for 1b three models and
 an output: 9 GB), runs floor, smelt and the peer in turn, and prints the least time of each. The ratio to the floor is
 of the engine's time (inputs opened -> all tensors written); the ratio to the peer is of whole processes. Memory is the
-resident peak. The row `small` is a linear merge of three models of 0.16 B, where starting up counts.
+resident peak. The row `small` is a linear merge of three models of 0.16 B, where starting up counts. `--only more` has
+MergeKit's other methods; with --size 160m, for some take MergeKit minutes on larger models.
 
 With --disk the files lie in FOLDER, and a second line for each recipe tells what it takes until all is durable: the
 floor's fsync, and smelt's commit. With --cold the page cache forgets the inputs before each measurement.
@@ -27,7 +28,9 @@ from floor import Floor, drop_from_cache, floor
 from measure import Process, in_memory, machine, measured, smelt_command, table_head, table_row, workplace
 from synthetic import SIZES, make, size_bytes
 
-SMALL = "small"
+SMALL, ALL_OTHERS = "small", "more"
+COUNTS = recipes.TABLE | recipes.MORE
+"""How many models the rows merge."""
 AT_MOST = {"linear": 1.5, "slerp": 2.0, "dare_ties": 2.5, "ties": 3.0}
 """engine / floor that a warm merge is to stay below."""
 AT_MOST_COLD = 1.2
@@ -73,9 +76,12 @@ def main() -> None:
     parser.add_argument("--no-peer", dest="peer", action="store_const", const=None)
     parser.add_argument("--peer-rounds", type=int, default=None, help="rounds of the peer, if fewer")
     given = parser.parse_args()
-    rows = given.only.split(",") if given.only else ["slerp"] if given.size == "7b" else [*recipes.TABLE, SMALL]
-    if unknown := set(rows) - {*recipes.TABLE, SMALL}:
-        parser.error(f"no such row: {', '.join(sorted(unknown))}; known are {', '.join([*recipes.TABLE, SMALL])}")
+    rows = ["slerp"] if given.size == "7b" else [*recipes.TABLE, SMALL]
+    if given.only:
+        rows = [row for name in given.only.split(",") for row in (recipes.MORE if name == ALL_OTHERS else [name])]
+    if unknown := set(rows) - {*COUNTS, SMALL}:
+        known = ", ".join([*COUNTS, SMALL, ALL_OTHERS])
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; known are {known}")
     if given.cold and (given.disk is None or in_memory(given.disk)):
         parser.error("--cold needs --disk FOLDER, and FOLDER must not be in memory: there is nothing to forget there")
     options = Options(
@@ -94,14 +100,14 @@ def run(rows: Sequence[str], options: Options, parent: Path) -> None:
     """Make the models below `parent`, and print the table."""
     small = "tiny" if options.size == "tiny" else "160m"
     large = [name for name in rows if name != SMALL]
-    count = max((recipes.TABLE[name] for name in large), default=0)
+    count = max((COUNTS[name] for name in large), default=0)
     one = size_bytes(options.size)
     needed = (count + 1 if count else 0) * one + 4 * size_bytes(small)
     with workplace(parent, needed=needed, memory=int(4.6 * one) if options.peer else 0) as folder:
         print(machine())
         warm = make(small, folder / "small", 3)
         for name in large:  # compiles and caches the kernels, which is done once on a machine
-            one_merge(recipes.write(name, warm[: recipes.TABLE[name]], folder), folder / "out", options)
+            one_merge(recipes.write(name, warm[: COUNTS[name]], folder), folder / "out", options)
             shutil.rmtree(folder / "out")
         models = make(options.size, folder, count) if count else []
         state = "cold" if options.cold else "warm"
@@ -110,7 +116,7 @@ def run(rows: Sequence[str], options: Options, parent: Path) -> None:
             print(f"models of {one / 1e9:.2f} GB each, {place}; least of {options.rounds} rounds")
         print(f"\n{table_head(heads(options))}", flush=True)
         for name in rows:
-            used = warm if name == SMALL else models[: recipes.TABLE[name]]
+            used = warm if name == SMALL else models[: COUNTS[name]]
             path = recipes.write("linear" if name == SMALL else name, used, folder)
             for cells in lines(name, rounds(path, used, folder, options), options):
                 print(table_row(cells), flush=True)

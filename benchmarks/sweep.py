@@ -32,8 +32,8 @@ from synthetic import SIZES, make, size_bytes
 MOST_MODELS = 8
 PARTS = (0.25, 0.5, 0.75, 1.0)
 TILES = tuple(1 << power for power in range(16, 21))
-GROWING = {"bytes": ("slerp", "ties"), "models": ("linear", "ties"), "tiles": ("linear", "slerp", "ties", "della")}
-"""The methods of each sweep; della has no kernel, so that its tiles are NumPy's."""
+GROWING = {"bytes": ("slerp", "ties"), "models": ("linear", "ties"), "tiles": ("linear", "slerp", "ties", "consensus")}
+"""The methods of each sweep; consensus has no kernel, so that its tiles are NumPy's."""
 THREADED = ("linear", "slerp", "ties")
 
 
