@@ -107,7 +107,7 @@ def measure(size: str, folder: Path, rounds: int) -> dict[str, object]:
     out = folder / "out"
     models = make(size, folder / "whole", MOST_MODELS)
     for method in {method for methods in (*GROWING.values(), THREADED) for method in methods}:
-        once(method, models[:2], out)  # compiles the kernels
+        once(method, models[:3], out)  # compiles the kernels
     curves: dict[str, object] = {"machine": machine(), "rounds": rounds, "model_bytes": size_bytes(size), "size": size}
     counts = range(2, MOST_MODELS + 1)
     many = [(m, float(count), models[:count], None) for m in GROWING["models"] for count in counts]
