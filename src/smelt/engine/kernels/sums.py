@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -54,9 +55,15 @@ def _lanes(k: int, size: int, block: int) -> Any:
 
 def _square(lanes: Any, k: int) -> Any:
     """[blocks, k, k, 256] from the pairs."""
+    return lanes.transpose(1, 0, 2)[:, _pairs(k)]
+
+
+@cache
+def _pairs(k: int) -> Any:
+    """Which pair each place of a Gram matrix is, [k, k]."""
     pair = np.zeros((k, k), dtype=np.intp)
     pair[np.triu_indices(k)] = np.arange(k * (k + 1) // 2)
-    return lanes.transpose(1, 0, 2)[:, np.maximum(pair, pair.T)]
+    return np.maximum(pair, pair.T)
 
 
 def of_models(method: Any, given: Given, reducer: Gram) -> Any:
