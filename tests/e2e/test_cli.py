@@ -358,13 +358,13 @@ def in_terminal(words: list[str], *, interrupt_at: str | None = None, **environm
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe over models of 32 MB, which takes long enough for a bar to be drawn."""
+    """A recipe over models of 32 MB; its method has no loops, so it takes long enough for a bar to be drawn."""
     folder = tmp_path_factory.mktemp("large")
     noise = np.random.default_rng(0).standard_normal((2048, 1024), dtype=np.float32)
     for i in range(3):
         tensors = {f"model.layers.{layer}.mlp.up_proj.weight": noise + i for layer in range(4)}
         factory.model(folder / f"m{i}", tensors, factory.config(layers=4))
-    tree = linear("m1", "m2", merge_method="della", base_model="m0", parameters={"weight": 0.5, "density": 0.5})
+    tree = linear("m1", "m2", merge_method="pcb", base_model="m0", parameters={"density": 0.5})
     return recipe(folder / "recipe.yml", tree)
 
 
@@ -379,7 +379,7 @@ def test_the_bar_in_a_terminal_leaves_no_garbage(large: Path) -> None:
     screen = Screen(raw)
     assert not screen.cursor_hidden
     first, second, last = screen.text
-    assert first.startswith("della of m1, m2, m0 -> ")
+    assert first.startswith("pcb of m1, m2, m0 -> ")
     assert second.startswith("4 tensors, 8.39 M parameters; ")
     assert last.startswith(f"done: {out}  ")
     code, raw = in_terminal(command("verify", out, "--sample", 0))

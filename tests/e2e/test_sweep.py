@@ -394,8 +394,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(3):
         rolled = {name: np.roll(values, i, axis=0) for name, values in tensors.items()}
         factory.model(folder / f"m{i}", rolled, factory.config(layers=6))
-    settings = {"density": 0.5, "weight": 0.5}
-    tree = linear("m1", "m2", merge_method="della", base_model="m0", parameters=settings)
+    settings = {"density": 0.5}
+    tree = linear("m1", "m2", merge_method="pcb", base_model="m0", parameters=settings)
     recipe(folder / "recipe.yml", tree)
     return folder
 

@@ -115,9 +115,8 @@ def test_kills_at_random_times(tmp_path: Path) -> None:
             for i in range(12)
         }
         models.append(factory.model(tmp_path / f"m{number}", tensors, factory.config(layers=12)))
-    parameters = {"weight": 1, "density": 0.5}
-    della = linear(*models[1:], merge_method="della", base_model=str(models[0]), parameters=parameters)
-    path = recipe(tmp_path / "recipe.yml", della)
+    slow = linear(*models[1:], merge_method="pcb", base_model=str(models[0]), parameters={"density": 0.5})
+    path = recipe(tmp_path / "recipe.yml", slow)
     (tmp_path / "whole").mkdir()
     started = time.monotonic()
     done = factory.process("merge", path, tmp_path / "whole" / "out", "--shard-size", "5MB")

@@ -94,7 +94,7 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Report]:
         columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(label, total=None)
-            with _told_of_compiling(lambda busy: bar.update(task, description=f"{label} ({_ONCE})" if busy else label)):
+            with _told_of_compiling(lambda busy: bar.update(task, description=f"{label}: {_SHORT}" if busy else label)):
                 yield lambda done, total: bar.update(task, completed=done, total=total)
         return
     lines = _Lines(label)
@@ -102,7 +102,9 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Report]:
         yield lines
 
 
+_SHORT = "compiling loops"
 _ONCE = "compiling its loops, once on this machine"
+"""What is shown instead of a bar that stands still; the first beside the bar, for which a long text leaves no room."""
 
 
 @contextmanager
