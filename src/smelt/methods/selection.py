@@ -111,7 +111,7 @@ class _RadixSelect:
     def partial(self, values: tuple[Array, Array]) -> Any:
         numbers, counts = (np.asarray(part) for part in values)
         keys = self._keys(np.ascontiguousarray(numbers)).reshape(len(numbers), -1)
-        digit = keys.dtype.type(16 * (self.rounds - 1 - self._round))
+        digit = keys.dtype.type(self.digit)
         if self._round == 0:
             histogram = [[np.bincount((row >> digit).astype(np.intp), minlength=_BUCKETS)] for row in keys]
         else:
@@ -134,6 +134,11 @@ class _RadixSelect:
     def round(self) -> int:
         """How many rounds are done."""
         return self._round
+
+    @property
+    def digit(self) -> int:
+        """The lowest of the 16 bits of a key that this round counts."""
+        return 16 * (self.rounds - 1 - self._round)
 
     def prefixes(self, rows: int) -> Any:
         """What the keys must begin with to be counted in this round, [rows, cuts]; no cuts in the first."""

@@ -9,7 +9,7 @@ import numpy as np
 from smelt.engine.given import Given
 from smelt.engine.kernels.feeding import feed, plain
 from smelt.engine.kernels.loading import Loop
-from smelt.engine.kernels.sizes import GRID
+from smelt.engine.kernels.task_vectors import limits, stream_keys
 from smelt.engine.tiles import BLOCK
 from smelt.methods.reducers import LANES
 
@@ -80,19 +80,17 @@ def variances(method: Any, given: Given, reducer: Any) -> Any:
     prefixes = reducer.prefixes(1)[0]
     histogram = np.zeros((1, 1, 1 << 16), dtype=np.int64)
     prefix = prefixes[0] if len(prefixes) else np.uint64(0)
-    digit = 16 * (reducer.rounds - 1 - reducer.round)
-    _COUNT_VARIANCES(*fed, given.count, digit, prefix, int(not len(prefixes)), histogram[0, 0])
+    _COUNT_VARIANCES(*fed, given.count, reducer.digit, prefix, int(not len(prefixes)), histogram[0, 0])
     return np.array([[count]]), histogram
 
 
 def _chosen(given: Given) -> tuple[Any, ...]:
     """How loops are told what to keep: whether they choose at all, the cut, the stream, the place."""
     cut = given["cut"]
-    key = np.array(given.streams[0], dtype=np.uint64)
+    key = stream_keys(given)[0]
     if cut is None:
         return 0, 0.0, np.uint32(0), key, given.start
-    limit = np.uint32(np.ceil(float(cut.share[0, 0]) * GRID))
-    return 1, float(cut.value[0, 0]), limit, key, given.start
+    return 1, float(cut.value[0, 0]), limits(cut.share)[0, 0], key, given.start
 
 
 def energies(method: Any, given: Given, reducer: Any) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 from smelt.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32
 from smelt.engine.given import Given
 from smelt.engine.kernels.sizes import MOST_MODELS
+from smelt.engine.tiles import PIECE
 
 ELEMENTS = {BF16.code: np.uint16, F32.code: np.float32}
 """How loops see stored elements of their output; other types are encoded from float32."""
@@ -33,6 +34,11 @@ def feed(given: Given) -> tuple[Any, tuple[Any, ...]] | None:
         return None
     arrays = tuple([raw.view(kind) for raw, _ in stored.buffers])
     return _IN_MEMORY if stored.files is None else stored.files, arrays
+
+
+def feed_rows(given: Given) -> tuple[Any, tuple[Any, ...]] | None:
+    """As `feed`, for loops on rows; None too where a row is wider than a piece."""
+    return feed(given) if given.width <= PIECE else None
 
 
 def plain(coefficients: Any, kind: Any = float) -> tuple[Any, ...]:

@@ -7,19 +7,13 @@ from typing import Any
 import numpy as np
 
 from smelt.engine.given import Given
-from smelt.engine.kernels.feeding import feed
+from smelt.engine.kernels.feeding import feed_rows
 from smelt.engine.kernels.loading import Loop
-from smelt.engine.tiles import PIECE
 from smelt.methods.arcee_fusion import divergence, quartile_counts
 
 _COUNT_IMPORTANCES = Loop("fusion", "count_importances")
 _FUSE = Loop("fusion", "fuse_tile")
 _FOUND = "divergences of the rows"
-
-
-def _fed(given: Given) -> Any:
-    """What is stored; None where there is no kernel, rows wider than a piece included."""
-    return feed(given) if given.width <= PIECE else None
 
 
 def _divergences(given: Given, lasting: Any, *, first: bool) -> Any:
@@ -47,7 +41,7 @@ def _divergences(given: Given, lasting: Any, *, first: bool) -> Any:
 
 def quartiles(method: Any, given: Given, reducer: Any) -> Any:
     """The partial result of KthLargest64 over the importances."""
-    if (fed := _fed(given)) is None:
+    if (fed := feed_rows(given)) is None:
         return None
     lasting = given.keep(_FOUND, (given.size // given.width * 8,))
     divergences = _divergences(given, lasting, first=reducer.round == 0)
@@ -55,15 +49,14 @@ def quartiles(method: Any, given: Given, reducer: Any) -> Any:
         return None
     prefixes = reducer.prefixes(1)[0].astype(np.uint64)
     histograms = np.zeros((1, max(len(prefixes), 1), 1 << 16), dtype=np.int64)
-    digit = 16 * (reducer.rounds - 1 - reducer.round)
     place = (given.count, given.width, given.block)
-    _COUNT_IMPORTANCES(*fed, *place, divergences, digit, prefixes, histograms[0])
+    _COUNT_IMPORTANCES(*fed, *place, divergences, reducer.digit, prefixes, histograms[0])
     return np.array([quartile_counts(given.size)]), histograms
 
 
 def tile(method: Any, given: Given, out: Any) -> bool | None:
     """The tile, as stored elements of the output."""
-    if (fed := _fed(given)) is None:
+    if (fed := feed_rows(given)) is None:
         return None
     divergences = _divergences(given, given.kept(_FOUND), first=False)
     if divergences is None:

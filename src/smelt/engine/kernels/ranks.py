@@ -9,23 +9,16 @@ from typing import Any
 import numpy as np
 
 from smelt.engine.given import Given
-from smelt.engine.kernels.feeding import feed
+from smelt.engine.kernels.feeding import feed_rows
 from smelt.engine.kernels.loading import Loop
-from smelt.engine.kernels.sizes import WORD
+from smelt.engine.kernels.sizes import ROW_PARTS, WORD
 from smelt.engine.kernels.task_vectors import mixing, stream_keys
 from smelt.engine.tiles import PIECE
 from smelt.methods.reducers import LANES
 
 _ADD_MAGNITUDES = Loop("ranks", "add_magnitudes")
 _MIX = Loop("ranks", "mix_tile")
-_PARTS = 9
-"""Arrays that a loop needs for a piece."""
 _DECIDED = "which entries della keeps"
-
-
-def _fed(given: Given) -> Any:
-    """What is stored; None where there is no kernel, rows wider than a piece included."""
-    return feed(given) if given.width <= PIECE else None
 
 
 def _marks(given: Given, *, lasting: Any) -> tuple[Any, int]:
@@ -50,13 +43,13 @@ def _settings(method: Any, given: Given) -> tuple[Any, ...]:
 
 def _place(given: Given, lasting: Any) -> tuple[Any, ...]:
     """Width and block, room for a piece, room for bits."""
-    room = given.scratch.array("ranks", (_PARTS, PIECE + WORD), np.uint32)
+    room = given.scratch.array("ranks", (ROW_PARTS, PIECE + WORD), np.uint32)
     return given.width, given.block, room, *_marks(given, lasting=lasting)
 
 
 def magnitudes(method: Any, given: Given, *reducers: Any) -> Any:
     """Partial results of Σ abs(d_i) and of Σ abs of what is kept: lanes [blocks, n, 256] of both."""
-    if (fed := _fed(given)) is None:
+    if (fed := feed_rows(given)) is None:
         return None
     whole, kept = (np.zeros((given.models, -(-given.count // given.block), LANES)) for _ in range(2))
     lasting = given.keep(_DECIDED, (given.models, given.size // given.width, _row_bytes(given)))
@@ -67,7 +60,7 @@ def magnitudes(method: Any, given: Given, *reducers: Any) -> Any:
 
 def tile(method: Any, given: Given, out: Any, *, elected: bool) -> bool | None:
     """The tile of a method that keeps entries by rank, weighs and mixes them, as stored elements of the output."""
-    if (fed := _fed(given)) is None:
+    if (fed := feed_rows(given)) is None:
         return None
     lasting = given.kept(_DECIDED)
     kind, *mixed = given.once("how the tile is mixed", lambda: mixing(method, given, elected=elected))

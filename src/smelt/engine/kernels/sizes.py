@@ -14,6 +14,8 @@ LANES = 16
 """Elements of a vector."""
 WORD = 64
 """Bits are kept in whole words of so many."""
+ROW_PARTS = 9
+"""Arrays that the loops on ranks need for a piece."""
 SPILL = LANES
 """Elements behind the last one that is kept to which a vector may write."""
 PLACES = RUN + SPILL

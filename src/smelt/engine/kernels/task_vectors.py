@@ -27,7 +27,7 @@ _COUNT_UPPER = Loop("task_vectors", "count_upper")
 _COUNT_LOWER = Loop("task_vectors", "count_lower")
 
 
-def _limits(share: Any) -> Any:
+def limits(share: Any) -> Any:
     """The number below which a random number times GRID must be for the entry to be kept, uint32 [n]."""
     return np.clip(np.ceil(np.asarray(share, dtype=np.float64) * GRID), 0, GRID).astype(np.uint32)
 
@@ -78,17 +78,17 @@ def _marks(given: Given, *, lasting: Any) -> tuple[Any, int]:
 def _bounds(method: Any, given: Given, rule: int) -> tuple[Any, Any]:
     """Value and limit of each model's cuts, [n, 1], or [n, 2] of a band; for a random choice no value plays a part."""
     if rule == DROP:
-        return np.zeros((given.models, 1), dtype=np.float32), _limits(method.density.reshape(-1, 1))
+        return np.zeros((given.models, 1), dtype=np.float32), limits(method.density.reshape(-1, 1))
     cut = given["cut"]
     if rule == BAND:
         if cut is None:
             return _EVERYTHING[0].repeat(given.models, axis=0), _EVERYTHING[1].repeat(given.models, axis=0)
-        return np.ascontiguousarray(cut.value), _limits(band_shares(cut))
+        return np.ascontiguousarray(cut.value), limits(band_shares(cut))
     if cut is None:  # below every magnitude
         return np.full((given.models, 1), -1.0, dtype=np.float32), np.zeros((given.models, 1), dtype=np.uint32)
     whole = cut.share >= 1.0  # a cut just below the value keeps all that equal it
     value = np.where(whole, np.nextafter(cut.value, np.float32(-1.0)), cut.value)
-    return value, np.where(whole, np.uint32(0), _limits(cut.share))
+    return value, np.where(whole, np.uint32(0), limits(cut.share))
 
 
 _EVERYTHING = np.array([[np.inf, -1.0]], dtype=np.float32), np.array([[GRID, 0]], dtype=np.uint32)

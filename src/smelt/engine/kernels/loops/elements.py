@@ -208,6 +208,22 @@ def mix(word: Any, low: Any, high: Any) -> Any:
     return z
 
 
+@numba.njit(inline="always")
+def drawn_at(place: Any, key: Any) -> Any:
+    """The random number of one element of a stream, times GRID."""
+    at = np.uint64(place)
+    word = mix(at >> np.uint64(1), key[0], key[1]) >> (np.uint64(32) * (at & np.uint64(1)))
+    return (word & np.uint64(0xFFFFFFFF)) >> np.uint64(8)
+
+
+@numba.njit(inline="always")
+def ordered_key(number: Any) -> Any:
+    """A float64 as a uint64 in the order of `KthLargest64`: −0 is 0, and NaN above all."""
+    value = np.float64(np.nan) if number != number else number + 0.0
+    bits = np.uint64(np.float64(value).view(np.uint64))
+    return np.uint64(~bits) if value < 0.0 else np.uint64(bits | np.uint64(1 << 63))
+
+
 @intrinsic
 def _trailing_zeros(typing_context, word):
 

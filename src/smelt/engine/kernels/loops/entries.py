@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 from numba.extending import overload
 
-from smelt.engine.kernels.loops.elements import JIT, infinity, least, magnitude, mix, narrow, rooms, widen
+from smelt.engine.kernels.loops.elements import (
+    JIT,
+    drawn_at,
+    infinity,
+    least,
+    magnitude,
+    narrow,
+    ordered_key,
+    rooms,
+    widen,
+)
 from smelt.engine.kernels.loops.fetch import cut, fetch
 from smelt.engine.kernels.loops.sums import multiply_run
 from smelt.engine.kernels.sizes import RUN
@@ -190,9 +200,7 @@ def count_variances(files: Any, stored: Any, size: int, digit: int, prefix: Any,
             part = cut(stored, start, min(start + RUN, at + high - low))
             _variance(part[:-1], part[-1], run)
             for j in range(part[-1].size):
-                value = np.float64(np.nan) if np.isnan(run[j]) else run[j]
-                key = np.uint64(np.float64(value).view(np.uint64) | np.uint64(1 << 63))
-                place = np.uint64(key >> np.uint64(digit))
+                place = np.uint64(ordered_key(run[j]) >> np.uint64(digit))
                 if first or np.uint64(place >> np.uint64(16)) == prefix:
                     histogram[place & np.uint64(0xFFFF)] += 1
 
@@ -206,9 +214,7 @@ def _select(run: Any, count: int, value: float, limit: Any, key: Any, start: int
         return
     for j in range(count):
         if run[j] == value:
-            place = np.uint64(start + j)
-            drawn = mix(place >> np.uint64(1), key[0], key[1]) >> (np.uint64(32) * (place & np.uint64(1)))
-            kept[j] = np.uint8((drawn & np.uint64(0xFFFFFFFF)) >> np.uint64(8) < limit)
+            kept[j] = np.uint8(drawn_at(start + j, key) < limit)
 
 
 @JIT

@@ -6,18 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from smelt.engine.kernels.loops.elements import JIT, infinity, least, magnitude, narrow, widen
+from smelt.engine.kernels.loops.elements import JIT, infinity, least, magnitude, narrow, ordered_key, widen
 from smelt.engine.kernels.loops.fetch import cut, fetch
-
-_SIGN = np.uint64(1 << 63)
-
-
-@JIT
-def _key(number: float) -> Any:
-    """As `KthLargest64` orders numbers: −0 is 0, and NaN above all."""
-    value = np.float64(np.nan) if number != number else number + 0.0
-    bits = np.uint64(np.float64(value).view(np.uint64))
-    return np.uint64(~bits) if value < 0.0 else np.uint64(bits | _SIGN)
 
 
 @JIT
@@ -41,7 +31,7 @@ def count_importances(
             divergence = divergences[place // width]
             for j in range(width):
                 distance = np.float64(np.abs(np.float32(widen(part[0][j]) - widen(part[-1][j]))))
-                digits = np.uint64(_key(distance * divergence) >> np.uint64(digit))
+                digits = np.uint64(ordered_key(distance * divergence) >> np.uint64(digit))
                 if prefixes.size == 0:
                     histograms[0, digits] += 1
                 for k in range(prefixes.size):

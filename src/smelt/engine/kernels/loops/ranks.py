@@ -16,7 +16,7 @@ from smelt.engine.kernels.loops.fetch import cut, fetch
 from smelt.engine.kernels.loops.picking import choose, mark_below
 from smelt.engine.kernels.loops.sums import add_run, widen_run
 from smelt.engine.kernels.loops.task_vectors import combine_run
-from smelt.engine.kernels.sizes import COLUMNS, GRID, MOST_MODELS, RUN
+from smelt.engine.kernels.sizes import COLUMNS, GRID, MOST_MODELS, ROW_PARTS, RUN
 from smelt.engine.tiles import PIECE
 
 _MOST_BUCKETS, _FEW_BUCKETS = 2048, 128
@@ -28,8 +28,8 @@ _GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)
 """Steps of Shell's sort, as Ciura found them."""
 _ROW_BYTES = PIECE // 8
 """Bytes that hold a bit for each element of the widest row."""
-_KEYS, _BUCKETS, _ORDERED, _LEAST, _MOST, _WORDS, _DRAWN, _WHOLE, _KEPT = range(9)
-"""The parts of the room of a piece: uint32 [9, PIECE + SPARE]. All but the last two hold a row at a time."""
+_KEYS, _BUCKETS, _ORDERED, _LEAST, _MOST, _WORDS, _DRAWN, _WHOLE, _KEPT = range(ROW_PARTS)
+"""The parts of the room of a piece: uint32 [ROW_PARTS, PIECE + WORD]. All but the last two hold a row at a time."""
 
 
 @JIT

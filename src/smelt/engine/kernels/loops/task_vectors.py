@@ -13,7 +13,7 @@ import numpy as np
 from numba.extending import overload
 
 from smelt.engine.kernels.loops import sums
-from smelt.engine.kernels.loops.elements import JIT, infinity, least, magnitude, mix, narrow, rooms, widen
+from smelt.engine.kernels.loops.elements import JIT, drawn_at, infinity, least, magnitude, narrow, rooms, widen
 from smelt.engine.kernels.loops.fetch import cut, fetch
 from smelt.engine.kernels.loops.picking import add_chosen, choose, draw_below, places_between
 from smelt.engine.kernels.loops.sums import add_run, keep_between, widen_run
@@ -77,9 +77,7 @@ def _draw_equal(deltas: Any, value: Any, limit: Any, key: Any, start: int, kept:
     equal = places_between(words, np.float32(value).view(np.uint32), np.uint32(0), places)
     for k in range(equal):
         j = places[k]
-        place = np.uint64(start) + np.uint64(j)
-        drawn = mix(place >> np.uint64(1), key[0], key[1]) >> (np.uint64(32) * (place & np.uint64(1)))
-        chosen = np.uint32(np.uint32(0) - np.uint32((drawn & np.uint64(0xFFFFFFFF)) >> np.uint64(8) < limit))
+        chosen = np.uint32(np.uint32(0) - np.uint32(drawn_at(np.uint64(start) + np.uint64(j), key) < limit))
         target[j] = words[j] & chosen
 
 
