@@ -18,6 +18,7 @@ from smelt.engine.forecast import Within, forecast, within
 from smelt.engine.inputs import lies_in_files
 from smelt.engine.nesting import Step, further_models, open_steps, with_steps
 from smelt.engine.run import check_equal, run
+from smelt.engine.streaming import Stream, exceed_memory
 from smelt.engine.tensor import TensorResult
 from smelt.errors import NumericError, RecipeError, raise_all
 from smelt.guarding import beside_models, inputs_of, refuse_changed, refuse_places, unusable
@@ -454,11 +455,21 @@ def _carry_out(
     claims = claims or {}
     allowed = settings.allowed | frozenset(prepared.recipe.allow)
     head = head_of(prepared, shards, papers, settings=settings)
+    weights = [model.source for model in stored]
+    stream = Stream(plan, sources, weights) if exceed_memory(weights, shards.total_bytes) else None
     started = time.perf_counter()
-    with Build.start(out, shards, overwrite=overwrite, head=head, resume=settings.resume) as folder:
+    with Build.start(
+        out, shards, overwrite=overwrite, head=head, resume=settings.resume, stream=stream is not None
+    ) as folder:
         if settings.on_note is not None:
             for line in _begun(folder, len(plan.entries)):
                 settings.on_note(line)
+
+        def finished(tensor: TensorResult) -> None:
+            folder.finished(Finished(tensor.name, tensor.digest, tensor.inherited, tensor.created))
+            if stream is not None:
+                stream.finished(tensor.name)
+
         try:
             done = run(
                 plan,
@@ -472,7 +483,7 @@ def _carry_out(
                 kernels=cost.kernels,
                 keep_bytes=cost.keep_bytes,
                 done={t.name: TensorResult(t.name, t.digest, t.inherited, t.created) for t in folder.resumed},
-                on_tensor=lambda t: folder.finished(Finished(t.name, t.digest, t.inherited, t.created)),
+                on_tensor=finished,
                 progress=settings.progress,
             )
         except BaseException:

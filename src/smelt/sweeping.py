@@ -18,6 +18,7 @@ from smelt.engine.backends import CPU, choose
 from smelt.engine.forecast import PER_ENTRY, Forecast
 from smelt.engine.run import check_equal
 from smelt.engine.sharing import Known
+from smelt.engine.streaming import Stream, exceed_memory
 from smelt.engine.tensor import TensorResult
 from smelt.engine.variants import bytes_together, run_variants
 from smelt.errors import InputError, NumericError, RecipeError, SmeltError, StorageError, raise_all
@@ -42,6 +43,7 @@ from smelt.scoring import Scorer
 from smelt.storage import files
 from smelt.storage.journal import Finished
 from smelt.storage.leftovers import leftovers
+from smelt.storage.locking import lock_folder
 from smelt.storage.places import MARGIN, make_parents, unmake
 from smelt.storage.signals import held
 from smelt.storage.writer import Build, check_out
@@ -312,7 +314,7 @@ class _Sweep:
         lock = None
         before = None
         try:
-            lock = files.lock_folder(self._out / _LOCK)
+            lock = lock_folder(self._out / _LOCK)
             listing = Listing.read(self._out)
             before = replace(listing, rows=dict(listing.rows))
             self._listing = listing
@@ -379,19 +381,30 @@ class _Sweep:
             kept_runs = carry_out_kept(first, stack, settings=settings)
             builds = []
             papers = []
-            for name, prepared in zip(names, all_prepared, strict=True):
-                shards = layout_of(prepared, settings.shard_bytes)
+            layouts = [layout_of(prepared, settings.shard_bytes) for prepared in all_prepared]
+            sources, weights = [model.source for model in first.models], [model.source for model in stored]
+            large = exceed_memory(weights, sum(shards.total_bytes for shards in layouts))
+            stream = Stream(first.plan, sources, weights, outputs=len(names)) if large else None
+            for name, prepared, shards in zip(names, all_prepared, layouts, strict=True):
                 papers.append(papers_of(prepared, name=name))
                 head = head_of(prepared, shards, papers[-1], settings=settings)
                 place = self._out / name
-                start = Build.start(place, shards, overwrite=self._overwrite, head=head, resume=settings.resume)
+                start = Build.start(
+                    place, shards, overwrite=self._overwrite, head=head, resume=settings.resume, stream=large
+                )
                 builds.append(stack.enter_context(start))
             self._say_begun(builds)
             cost = first.forecast
+
+            def finished(number: int, tensor: TensorResult) -> None:
+                builds[number].finished(Finished(*_fields(tensor)))
+                if stream is not None:
+                    stream.finished(tensor.name)
+
             try:
                 done = run_variants(
                     [prepared.plan for prepared in all_prepared],
-                    [model.source for model in first.models],
+                    sources,
                     builds,
                     workers=cost.workers,
                     tile=cost.tile,
@@ -401,7 +414,7 @@ class _Sweep:
                     keep_bytes=cost.keep_bytes,
                     done=[{t.name: TensorResult(*_fields(t)) for t in build.resumed} for build in builds],
                     known=known,
-                    on_tensor=lambda number, t: builds[number].finished(Finished(*_fields(t))),
+                    on_tensor=finished,
                     progress=settings.progress,
                 )
             except NumericError as error:  # of all of them: what each of them lacks is said of the first

@@ -17,6 +17,7 @@ from factory import command, linear, recipe, smelt, snapshot
 from smelt.errors import InputError, StorageError
 from smelt.storage import files
 from smelt.storage.leftovers import leftovers
+from smelt.storage.locking import lock_folder
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_runs_of_one_process(folder: Path) -> None:
 
 
 def test_a_run_at_work_is_not_cleaned(folder: Path) -> None:
-    lock = files.lock_folder(folder / ".out.smelt-build")
+    lock = lock_folder(folder / ".out.smelt-build")
     (folder / ".out.smelt-build").mkdir()
     try:
         done = smelt("clean", folder)

@@ -370,10 +370,10 @@ def test_space_is_asked_for_before_any_arithmetic(folder: Path, monkeypatch: pyt
 
 
 def test_one_sweep_at_a_time(folder: Path) -> None:
-    from smelt.storage import files
+    from smelt.storage.locking import lock_folder
 
     (folder / "out").mkdir()
-    lock = files.lock_folder(folder / "out" / ".smelt-sweep")
+    lock = lock_folder(folder / "out" / ".smelt-sweep")
     try:
         done = sweep(folder, "--over", "lambda=1")
     finally:

@@ -24,7 +24,7 @@ from smelt.engine.reducing import Part
 from smelt.engine.tensor import Settings, TensorRun
 from smelt.engine.tiles import TASK, Scratch
 from smelt.engine.whole import Parts, Sweep, one_by_one, reduced
-from smelt.planning.entries import Action, Entry, Plan
+from smelt.planning.entries import Action, Entry, Input, Plan
 from smelt.planning.whole import is_whole
 from smelt.specs import TensorSpec
 from smelt.storage.checkpoint import Documents, FileInfo, TensorSource, check_range
@@ -123,6 +123,10 @@ class StepSource(Documents):
             one_by_one(sweep, self._readers, settings=self.settings)
 
         self.take_whole(reduced(self.plan, carry_out), self.settings.backend.name)
+
+    def inputs_of(self, name: str) -> Sequence[Input]:
+        """What a tensor is made of, by the places of `sources`."""
+        return self._entries[name].sources
 
     def hold(self, name: str) -> None:
         """Keep what is found out about a tensor until `drop` has been called as often."""

@@ -20,6 +20,8 @@ from smelt.specs import TensorSpec
 from smelt.storage import files, paths, strict_json
 from smelt.storage.files import Buffer, ReadFile, Stamp
 
+_WORTH_LETTING_GO = 1 << 20
+"""Bytes of a tensor from which on it is let go by itself."""
 LARGE_LIMIT = 64 << 20
 """Most bytes of a tokenizer file or an index."""
 SMALL_LIMIT = 16 << 20
@@ -151,6 +153,7 @@ class Checkpoint:
         self._open: dict[str, ReadFile] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self._streamed = False
 
     def read_into(self, spec: TensorSpec, start: int, stop: int, buffer: Buffer) -> None:
         """Fill `buffer` (stop - start bytes) with bytes [start, stop) of the tensor.
@@ -188,8 +191,22 @@ class Checkpoint:
                         where=[f"{self.name}: {name}"],
                         fix="run again, and leave the inputs alone meanwhile",
                     )
+                if self._streamed:
+                    file.stream()
                 self._open[name] = file
             return self._open[name]
+
+    def stream(self) -> None:
+        """From now on it is read by a merge larger than memory."""
+        with self._lock:
+            self._streamed = True
+            for file in self._open.values():
+                file.stream()
+
+    def let_go(self, spec: TensorSpec) -> None:
+        """Tell the system that a tensor need be kept in memory no longer."""
+        if spec.nbytes >= _WORTH_LETTING_GO and (file := self._open.get(spec.file)) is not None:
+            file.let_go(spec.offset, spec.offset + spec.nbytes)
 
     def path(self, name: str) -> Path | None:
         """The real path of a file of the folder, or None when there is none, or the model is one file alone.

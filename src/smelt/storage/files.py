@@ -1,4 +1,4 @@
-"""The only module that opens, reads, writes, syncs, renames, removes and locks.
+"""The only module that opens, reads, writes, syncs, renames and removes.
 
 Every call to the operating system goes through `system`, so a test can make call k fail by replacing that one function,
 and every refusal becomes a `StorageError` that says what was tried, on which path, and what to do. A given path that is
@@ -6,7 +6,7 @@ missing or not a regular file is the caller's input and becomes an `InputError`.
 
 Reads and writes are positional (`pread`, `pwrite`), hence safe for many threads on one file. Where the platform lacks
 those calls (`PORTABLE`), seek and read or write under a lock per file stand in for them. Copying
-within the system is in `storage.copying`, and goes through `system` too.
+within the system (`storage.copying`) and the lock (`storage.locking`) go through `system` too.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import numpy as np
 
 from smelt.errors import InputError, SmeltError, StorageError
+from smelt.storage import caching
 from smelt.storage.reserving import UNSUPPORTED, reserve
 
 if sys.platform != "win32":  # imported here, for the import needs a descriptor of its own
@@ -44,9 +45,6 @@ PORTABLE = not (hasattr(os, "preadv") and hasattr(os, "pwrite"))
 
 _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _COPY_CHUNK = 8 << 20
-_AHEAD = 32 << 20
-"""Bytes behind a read that the system is told to fetch meanwhile: what served best on cold files (docs/log.md)."""
-_WORTH_HINT = 1 << 18
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 _NO_SPACE = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
@@ -108,11 +106,11 @@ def size_text(size: int) -> str:
 class ReadFile:
     """A regular file, open for positional reads from many threads. Close it when no read is under way."""
 
-    __slots__ = ("_descriptor", "_hinted", "_lock", "path", "size")
+    __slots__ = ("_ahead", "_descriptor", "_lock", "path", "size")
 
     def __init__(self, descriptor: int, path: Path, size: int) -> None:
         self._descriptor = descriptor
-        self._hinted = 0
+        self._ahead = caching.Ahead(size)
         self._lock = threading.Lock()
         self.path = path
         self.size = size
@@ -123,17 +121,20 @@ class ReadFile:
         _read_fully(self._descriptor, self.path, self._lock, offset, buffer)
 
     def announce(self, offset: int, size: int) -> None:
-        """Tell the system what will be read after a large read, since files are mostly read from front to back."""
-        if size < _WORTH_HINT or not hasattr(os, "posix_fadvise"):
-            return
+        """Tell the system of a read, so that it fetches what will probably be read next."""
         with self._lock:
-            start = max(self._hinted, offset + size)
-            stop = min(offset + size + _AHEAD, self.size)
-            if stop - start < min(_AHEAD // 4, self.size - start) or start >= stop:
-                return
-            self._hinted = stop
-        with contextlib.suppress(StorageError):  # it is a hint
-            system("look ahead in", self.path, _look_ahead, self._descriptor, start, stop - start)
+            span = self._ahead.behind(offset, size)
+        if span is not None:
+            with contextlib.suppress(StorageError):  # it is a hint
+                system("look ahead in", self.path, caching.fetch, self._descriptor, *span)
+
+    def stream(self) -> None:
+        """Fetch further ahead from now on: the file is read by a merge larger than memory."""
+        self._ahead.streamed = True
+
+    def let_go(self, start: int, stop: int) -> None:
+        """Tell the system that bytes [start, stop) need be kept in memory no longer."""
+        _let_go(self._descriptor, self.path, start, stop)
 
     @property
     def descriptor(self) -> int:
@@ -142,7 +143,7 @@ class ReadFile:
 
     def stamp(self) -> Stamp:
         """What the open file is now: size, modification time, inode."""
-        return _stamp(system("look at", self.path, os.fstat, self._descriptor))
+        return stamp_of(self._descriptor, self.path)
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -166,7 +167,7 @@ def open_read(path: StrPath) -> ReadFile:
     found = _stat_input(path)  # before the open: opening alone can block on a pipe, or start a device
     if not stat_bits.S_ISREG(found.st_mode):
         raise InputError(f"not a regular file but {_kind(found.st_mode)}", where=[str(path)])
-    descriptor = _open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    descriptor = open_descriptor(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
     try:
         opened = system("look at", path, os.fstat, descriptor)
         if (opened.st_ino, opened.st_dev) != (found.st_ino, found.st_dev):
@@ -196,6 +197,11 @@ def stamp(path: StrPath) -> Stamp | None:
         if code(error) in _NOT_THERE:
             return None
         raise
+
+
+def stamp_of(descriptor: int, path: StrPath) -> Stamp:
+    """What an open file is now."""
+    return _stamp(system("look at", path, os.fstat, descriptor))
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -250,6 +256,15 @@ class WriteFile:
         """Return when the content is on the disk. After an error, what is on the disk is unknown: do not retry."""
         system("sync", self.path, _sync, self._descriptor)
 
+    def begin_writing(self) -> None:
+        """Have the system write to the disk what it holds, without waiting for it; only `sync` tells how that went."""
+        with contextlib.suppress(StorageError):
+            system("begin to write", self.path, caching.begin_writing, self._descriptor, self.size)
+
+    def let_go(self) -> None:
+        """Tell the system that what is on the disk need be kept in memory no longer."""
+        _let_go(self._descriptor, self.path, 0, self.size)
+
     def close(self) -> None:
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
@@ -266,7 +281,7 @@ class WriteFile:
 def create(path: StrPath, size: int) -> WriteFile:
     """Create a file that must not exist yet, with disk space reserved for `size` bytes; it reads as zeros."""
     path = Path(path)
-    descriptor = _open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+    descriptor = open_descriptor(path, os.O_CREAT | os.O_EXCL | os.O_RDWR)
     file = WriteFile(descriptor, path, size)
     try:
         file.reserve()
@@ -281,7 +296,7 @@ def create(path: StrPath, size: int) -> WriteFile:
 def reopen(path: StrPath) -> WriteFile:
     """Open a regular file that is there, for writing and reading; a link is not followed. Raises StorageError."""
     path = Path(path)
-    descriptor = _open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    descriptor = open_descriptor(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
         found = system("look at", path, os.fstat, descriptor)
         if not stat_bits.S_ISREG(found.st_mode):
@@ -403,65 +418,11 @@ def free_bytes(path: StrPath) -> int:
     return system("measure the free space at", path, shutil.disk_usage, path).free
 
 
-# --- the lock -------------------------------------------------------------------------------------------------------
-
-
-class Lock:
-    """An exclusive lock held by this process until `release`, or until the process ends, however it ends."""
-
-    __slots__ = ("_descriptor", "path")
-
-    def __init__(self, descriptor: int, path: Path) -> None:
-        self._descriptor = descriptor
-        self.path = path
-
-    def release(self) -> None:
-        """Remove the lock file and let go; a second call does nothing."""
-        if self._descriptor < 0:
-            return
-        descriptor, self._descriptor = self._descriptor, -1
-        if sys.platform == "win32":  # an open file cannot be removed there
-            os.close(descriptor)
-        with contextlib.suppress(OSError):  # an empty file left behind does no harm
-            os.unlink(self.path)
-        if sys.platform != "win32":  # removed first, so that nobody locks a file that is about to vanish
-            os.close(descriptor)
-
-
-def lock_folder(path: StrPath) -> Lock:
-    """Lock a folder (which need not exist yet) through the file `PATH.lock` beside it; never waits.
-
-    Raises StorageError when another process, or another part of this one, holds the lock. A lock file left by a
-    process that died is no obstacle: the lock is the operating system's, not the file's existence.
-    """
-    path = Path(os.fspath(path) + ".lock")
-    for _ in range(100):
-        descriptor = _open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
-        try:
-            system("lock", path, _lock, descriptor)
-            # Between open and lock its last holder may have removed the file; then this lock guards nothing.
-            if stamp(path) == _stamp(system("look at", path, os.fstat, descriptor)):
-                return Lock(descriptor, path)
-        except StorageError as error:
-            os.close(descriptor)
-            if code(error) in {errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}:
-                raise StorageError(
-                    "another smelt run is writing here",
-                    where=[str(path.parent)],
-                    fix="wait for it to end, or choose another output folder",
-                ) from error
-            raise
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-    raise StorageError("cannot lock: others take and release the lock without pause", where=[str(path)])
-
-
 # --- the calls themselves: each makes one system call, or its portable stand-in ------------------------------------
 
 
-def _open(path: Path, flags: int) -> int:
+def open_descriptor(path: Path, flags: int) -> int:
+    """The system's number for a file opened with these flags; where they ran out, more are asked for."""
     try:
         return system("open", path, os.open, path, flags | _FLAGS, 0o666)
     except StorageError as error:
@@ -527,8 +488,9 @@ def _read_some(descriptor: int, view: memoryview, offset: int, lock: threading.L
         return io.FileIO(descriptor, "rb", closefd=False).readinto(view) or 0
 
 
-def _look_ahead(descriptor: int, start: int, size: int) -> None:
-    os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_WILLNEED)
+def _let_go(descriptor: int, path: Path, start: int, stop: int) -> None:
+    with contextlib.suppress(StorageError):
+        system("let go of", path, caching.let_go, descriptor, start, stop)
 
 
 def _write_some(descriptor: int, view: memoryview, offset: int, lock: threading.Lock) -> int:
@@ -579,14 +541,3 @@ def _remove_tree(path: StrPath) -> None:
 def _unless_gone(_call: object, _path: str, error: BaseException) -> None:
     if not isinstance(error, FileNotFoundError):  # somebody else removed it first: as wanted
         raise error
-
-
-def _lock(descriptor: int) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

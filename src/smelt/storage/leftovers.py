@@ -9,6 +9,7 @@ from pathlib import Path
 
 from smelt.errors import InputError, StorageError
 from smelt.storage import files, journal
+from smelt.storage.locking import lock_folder
 from smelt.storage.places import BUILD, JOURNAL, OLD, Places, heal_locked, remove
 
 
@@ -48,7 +49,7 @@ def remove_leftover(leftover: Leftover) -> None:
     Raises StorageError where a run is at work on it.
     """
     places = Places.of(leftover.out)
-    lock = files.lock_folder(places.build)
+    lock = lock_folder(places.build)
     try:
         heal_locked(places)
         remove(places.journal)
@@ -76,7 +77,7 @@ def _described(places: Places) -> Leftover:
     found = journal.read(places.journal)
     size = sum(_bytes(path) for path in _pieces(places) if not files.is_link(path))
     try:
-        files.lock_folder(places.build).release()
+        lock_folder(places.build).release()
         busy = False
     except StorageError as error:
         if files.code(error) is not None:  # not ours to lock

@@ -15,6 +15,7 @@ from smelt.errors import StorageError
 from smelt.storage import files
 from smelt.storage.files import size_text
 from smelt.storage.layout import SINGLE
+from smelt.storage.locking import lock_folder
 
 BUILD, OLD, JOURNAL = ".smelt-build", ".smelt-old", ".journal"
 """How the names of what lies beside an output end."""
@@ -52,7 +53,7 @@ def heal(out: Path) -> None:
     places = Places.of(Path(out))
     if files.kind(places.old) is None:
         return
-    lock = files.lock_folder(places.build)
+    lock = lock_folder(places.build)
     try:
         heal_locked(places)
     finally:

@@ -26,11 +26,13 @@ from typing import Any
 
 from smelt.errors import SmeltError, StorageError
 from smelt.storage import files, journal, paths
+from smelt.storage.caching import Writeback
 from smelt.storage.copying import copy_range
-from smelt.storage.files import Buffer, Lock, ReadFile, WriteFile, flat
+from smelt.storage.files import Buffer, ReadFile, WriteFile, flat
 from smelt.storage.header import PREFIX
 from smelt.storage.journal import Finished, Found, Journal
 from smelt.storage.layout import Layout, OutputTensor, Shard, layout
+from smelt.storage.locking import Lock, lock_folder
 from smelt.storage.places import (
     Places,
     check_out,
@@ -60,7 +62,15 @@ class Build:
     """
 
     def __init__(
-        self, places: Places, layout: Layout, *, overwrite: bool, resume: bool, lock: Lock, made: list[Path]
+        self,
+        places: Places,
+        layout: Layout,
+        *,
+        overwrite: bool,
+        resume: bool,
+        stream: bool,
+        lock: Lock,
+        made: list[Path],
     ) -> None:
         self.out = places.out
         self.folder = places.build
@@ -84,6 +94,7 @@ class Build:
         self._unsound = False
         self._done = False
         self._pages = Pages()
+        self._writeback = Writeback() if stream else None
 
     @classmethod
     def start(
@@ -94,12 +105,14 @@ class Build:
         overwrite: bool,
         head: Mapping[str, Any] | None = None,
         resume: bool = False,
+        stream: bool = False,
     ) -> Build:
         """Check that `out` can be written, and lay out all files with their disk space reserved.
 
         With a `head` (JSON values that say what merge this is) a journal is kept. With `resume`, an unfinished output
         of the same head is taken over: its sound tensors are in `resumed`, and need not be written again. Then an
-        interrupt or an error of the system leaves what was written, for another build to go on with.
+        interrupt or an error of the system leaves what was written, for another build to go on with. With `stream`
+        the output goes to the disk while it is written, and is not kept in memory.
 
         Raises StorageError, before anything is changed, when `out` is a file, a dangling link, a non-empty folder
         (without `overwrite`) or where another run is writing, when the space does not suffice, and when what is to
@@ -108,11 +121,12 @@ class Build:
         places = Places.of(Path(out))
         made = make_parents(places.out)
         try:
-            lock = files.lock_folder(places.build)
+            lock = lock_folder(places.build)
         except BaseException:
             unmake(made)
             raise
-        build = cls(places, layout, overwrite=overwrite, resume=resume and head is not None, lock=lock, made=made)
+        going_on = resume and head is not None
+        build = cls(places, layout, overwrite=overwrite, resume=going_on, stream=stream, lock=lock, made=made)
         try:
             heal_locked(places)
             check_target(places.out, overwrite=overwrite)
@@ -129,6 +143,8 @@ class Build:
                 build._lay_out(head)
             else:
                 build._take_over(found)
+            if build._writeback is not None:
+                build._writeback.start([file.begin_writing for file in build._open.values()])
         except BaseException as error:
             build._end_after(error)
             raise
@@ -247,6 +263,8 @@ class Build:
         except StorageError:
             self._unsound = True
             raise
+        if self._writeback is not None:
+            file.let_go()
 
     def _sync_weights(self, names: Iterable[str]) -> None:
         """What the journal asks for before it speaks of tensors in these files."""
@@ -268,7 +286,7 @@ class Build:
         if self._done:
             raise ValueError("the build is already committed or abandoned")
         self._check_complete()
-        self._pages.stop()
+        self._stop_helpers()
         if self._journal is not None:
             self._journal.close(flush=self._resume)  # where the commit may fail and be tried again
         opened = [(self._open[shard.file], shard.header[:PREFIX]) for shard in self.layout.shards]
@@ -361,13 +379,18 @@ class Build:
 
     def _close(self, *, flush: bool) -> None:
         """Close all files, the journal's first; nobody will miss what the system refuses here."""
-        self._pages.stop()
+        self._stop_helpers()
         if self._journal is not None:
             with contextlib.suppress(SmeltError):
                 self._journal.close(flush=flush)
         for file in self._open.values():
             with contextlib.suppress(StorageError):
                 file.close()
+
+    def _stop_helpers(self) -> None:
+        self._pages.stop()
+        if self._writeback is not None:
+            self._writeback.stop()
 
     def _end_after(self, error: BaseException) -> None:
         """Give up because of `error`: what was written is removed, or with `resume` kept where it may be of use."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,45 +151,3 @@ def test_a_build_takes_parts_of_tensors(tmp_path: Path, portable: bool, encoder:
         build.take("new", 0, 100, source=model.file_of(held), offset=held.offset)
         build.commit()
     assert (tmp_path / "out" / "model.safetensors").read_bytes()[-700:] == whole
-
-
-# --- hints ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no hints")
-def test_what_lies_ahead_is_hinted_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_WORTH_HINT", 100)
-    monkeypatch.setattr(files, "_AHEAD", 4000)
-    hints: list[tuple[int, int]] = []
-    monkeypatch.setattr(files, "_look_ahead", lambda _, start, size: hints.append((start, start + size)))
-    (tmp_path / "f").write_bytes(DATA)
-    with files.open_read(tmp_path / "f") as file:
-        for offset in range(0, 50_000, 500):
-            file.read_into(offset, bytearray(500))
-        assert hints[:2] == [(500, 4500), (4500, 5500)]
-        assert hints[-1][1] == 50_000
-        assert all(before[1] == after[0] for before, after in pairwise(hints))
-        assert all(high - low >= 1000 for low, high in hints[:-1])
-        hints.clear()
-        for offset in (0, 49_000, 20_000):  # what was hinted at is not again
-            file.read_into(offset, bytearray(1000))
-        file.read_into(0, bytearray(50_000))
-        file.read_into(0, bytearray(99))
-    assert hints == []
-
-
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no hints")
-def test_a_hint_that_fails_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_WORTH_HINT", 1)
-    calls = []
-
-    def fail(*_: int) -> None:
-        calls.append(1)
-        raise OSError(errno.EIO, "no")
-
-    monkeypatch.setattr(files, "_look_ahead", fail)
-    (tmp_path / "f").write_bytes(DATA)
-    found = bytearray(1000)
-    with files.open_read(tmp_path / "f") as file:
-        file.read_into(0, found)
-    assert (found, calls) == (DATA[:1000], [1])

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import socket
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 
 from smelt.errors import InputError, StorageError
 from smelt.storage import files
+from smelt.storage.locking import lock_folder
 
 pytestmark = pytest.mark.usefixtures("portable")
 
@@ -213,7 +212,7 @@ def test_every_failing_call_becomes_a_storage_error_and_leaks_nothing(tmp_path: 
         try:
             files.make_folder(folder)
             files.copy_file(tmp_path / "source", folder / "copy")
-            lock = files.lock_folder(folder)
+            lock = lock_folder(folder)
             lock.release()
             files.sync_folder(folder)
             files.rename(folder / "copy", folder / "moved")
@@ -309,61 +308,3 @@ def test_stamp_tells_changes(tmp_path: Path) -> None:
     second = files.stamp(path)
     path.write_bytes(b"22")
     assert len({first, second, files.stamp(path)}) == 3
-
-
-# --- the lock -------------------------------------------------------------------------------------------------------
-
-
-def _hold(folder: str, ready: multiprocessing.synchronize.Event) -> None:
-    files.lock_folder(folder)
-    ready.set()
-    threading.Event().wait()
-
-
-def test_a_lock_is_exclusive_and_leaves_nothing(tmp_path: Path) -> None:
-    lock = files.lock_folder(tmp_path / "out")
-    with pytest.raises(StorageError, match="another smelt run is writing"):
-        files.lock_folder(tmp_path / "out")
-    lock.release()
-    lock.release()
-    assert list(tmp_path.iterdir()) == []
-    files.lock_folder(tmp_path / "out").release()
-
-
-def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    process = context.Process(target=_hold, args=(str(tmp_path / "out"), ready))
-    process.start()
-    try:
-        assert ready.wait(20)
-        with pytest.raises(StorageError, match="another smelt run"):
-            files.lock_folder(tmp_path / "out")
-    finally:
-        process.kill()
-        process.join()
-    assert (tmp_path / "out.lock").exists()
-    files.lock_folder(tmp_path / "out").release()
-
-
-def test_one_of_many_threads_gets_the_lock(tmp_path: Path) -> None:
-    """Taking and releasing at full speed, two are never inside at once, though each release removes the file."""
-    inside, worst = [0], [0]
-
-    def work(_: int) -> int:
-        entered = 0
-        for _ in range(100):
-            try:
-                lock = files.lock_folder(tmp_path / "out")
-            except StorageError:
-                continue
-            inside[0] += 1
-            worst[0] = max(worst[0], inside[0])
-            entered += 1
-            inside[0] -= 1
-            lock.release()
-        return entered
-
-    with ThreadPoolExecutor(4) as pool:
-        assert sum(pool.map(work, range(4))) > 0
-    assert worst == [1]
