@@ -35,13 +35,14 @@ _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory
 
 
 class Ahead:
-    """Which bytes of a file of `size` bytes are to be fetched, as reads of it go on. For one thread at a time."""
+    """Which bytes of a file of `size` bytes are to be fetched, as reads of it go on. Safe from many threads."""
 
     def __init__(self, size: int) -> None:
         self.streamed = False
         self._size = size
         self._farthest = 0
         self._fetched = 0
+        self._lock = threading.Lock()
 
     def behind(self, offset: int, size: int) -> tuple[int, int] | None:
         """What to fetch during a read, (start, stop); None where that is little, or was told before.
@@ -51,6 +52,10 @@ class Ahead:
         """
         if size < _WORTH_HINT:
             return None
+        with self._lock:
+            return self._move_on(offset, size)
+
+    def _move_on(self, offset: int, size: int) -> tuple[int, int] | None:
         end = offset + size
         self._farthest = max(self._farthest, end)
         start = max(self._fetched, end)

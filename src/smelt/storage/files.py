@@ -122,9 +122,7 @@ class ReadFile:
 
     def announce(self, offset: int, size: int) -> None:
         """Tell the system of a read, so that it fetches what will probably be read next."""
-        with self._lock:
-            span = self._ahead.behind(offset, size)
-        if span is not None:
+        if (span := self._ahead.behind(offset, size)) is not None:
             with contextlib.suppress(StorageError):  # it is a hint
                 system("look ahead in", self.path, caching.fetch, self._descriptor, *span)
 
