@@ -18,7 +18,7 @@ from smelt.engine.forecast import Within, forecast, within
 from smelt.engine.inputs import lies_in_files
 from smelt.engine.nesting import Step, further_models, open_steps, with_steps
 from smelt.engine.run import check_equal, run
-from smelt.engine.streaming import Stream, exceed_memory
+from smelt.engine.streaming import Stream
 from smelt.engine.tensor import TensorResult
 from smelt.errors import NumericError, RecipeError, raise_all
 from smelt.guarding import beside_models, inputs_of, refuse_changed, refuse_places, unusable
@@ -455,11 +455,10 @@ def _carry_out(
     claims = claims or {}
     allowed = settings.allowed | frozenset(prepared.recipe.allow)
     head = head_of(prepared, shards, papers, settings=settings)
-    weights = [model.source for model in stored]
-    stream = Stream(plan, sources, weights) if exceed_memory(weights, shards.total_bytes) else None
+    stream = Stream(plan, sources, [model.source for model in stored], written=shards.total_bytes)
     started = time.perf_counter()
     with Build.start(
-        out, shards, overwrite=overwrite, head=head, resume=settings.resume, stream=stream is not None
+        out, shards, overwrite=overwrite, head=head, resume=settings.resume, stream=stream.needed
     ) as folder:
         if settings.on_note is not None:
             for line in _begun(folder, len(plan.entries)):
@@ -467,8 +466,7 @@ def _carry_out(
 
         def finished(tensor: TensorResult) -> None:
             folder.finished(Finished(tensor.name, tensor.digest, tensor.inherited, tensor.created))
-            if stream is not None:
-                stream.finished(tensor.name)
+            stream.finished(tensor.name)
 
         try:
             done = run(

@@ -18,7 +18,7 @@ from smelt.engine.backends import CPU, choose
 from smelt.engine.forecast import PER_ENTRY, Forecast
 from smelt.engine.run import check_equal
 from smelt.engine.sharing import Known
-from smelt.engine.streaming import Stream, exceed_memory
+from smelt.engine.streaming import Stream
 from smelt.engine.tensor import TensorResult
 from smelt.engine.variants import bytes_together, run_variants
 from smelt.errors import InputError, NumericError, RecipeError, SmeltError, StorageError, raise_all
@@ -383,14 +383,14 @@ class _Sweep:
             papers = []
             layouts = [layout_of(prepared, settings.shard_bytes) for prepared in all_prepared]
             sources, weights = [model.source for model in first.models], [model.source for model in stored]
-            large = exceed_memory(weights, sum(shards.total_bytes for shards in layouts))
-            stream = Stream(first.plan, sources, weights, outputs=len(names)) if large else None
+            written = sum(shards.total_bytes for shards in layouts)
+            stream = Stream(first.plan, sources, weights, written=written, outputs=len(names))
             for name, prepared, shards in zip(names, all_prepared, layouts, strict=True):
                 papers.append(papers_of(prepared, name=name))
                 head = head_of(prepared, shards, papers[-1], settings=settings)
                 place = self._out / name
                 start = Build.start(
-                    place, shards, overwrite=self._overwrite, head=head, resume=settings.resume, stream=large
+                    place, shards, overwrite=self._overwrite, head=head, resume=settings.resume, stream=stream.needed
                 )
                 builds.append(stack.enter_context(start))
             self._say_begun(builds)
@@ -398,8 +398,7 @@ class _Sweep:
 
             def finished(number: int, tensor: TensorResult) -> None:
                 builds[number].finished(Finished(*_fields(tensor)))
-                if stream is not None:
-                    stream.finished(tensor.name)
+                stream.finished(tensor.name)
 
             try:
                 done = run_variants(

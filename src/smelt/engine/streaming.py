@@ -20,25 +20,35 @@ def exceed_memory(sources: Iterable[TensorSource], written: int) -> bool:
 
 
 class Stream:
-    """What a merge reads of `stored`, let go tensor by tensor. Safe from many threads.
+    """What a merge reads of `stored`, let go tensor by tensor where it is `needed`. Safe from many threads.
 
-    The plan is that of the output, or of one of several `outputs` that are written side by side from the same tensors.
+    The plan is that of the output, or of one of several `outputs` that are written side by side from the same tensors;
+    all of them have `written` bytes.
     """
 
     def __init__(
-        self, plan: Plan, sources: Sequence[TensorSource], stored: Iterable[TensorSource], *, outputs: int = 1
+        self,
+        plan: Plan,
+        sources: Sequence[TensorSource],
+        stored: Sequence[TensorSource],
+        *,
+        written: int,
+        outputs: int = 1,
     ) -> None:
-        self._entries = {entry.name: entry for entry in plan.entries}
+        self.needed = exceed_memory(stored, written)
+        self._entries = {entry.name: entry for entry in plan.entries} if self.needed else {}
         self._sources = sources
         self._outputs = outputs
         self._finished: Counter[str] = Counter()
         self._lock = threading.Lock()
         for source in stored:
-            if isinstance(source, Checkpoint):
+            if self.needed and isinstance(source, Checkpoint):
                 source.stream()
 
     def finished(self, name: str) -> None:
         """One of the outputs has this tensor; when all have it, the tensors that it is made of are let go."""
+        if not self.needed:
+            return
         with self._lock:
             self._finished[name] += 1
             if self._finished[name] < self._outputs:
