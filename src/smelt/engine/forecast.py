@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from smelt.engine.backends import CPU, default_tile, default_workers
 from smelt.engine.copying import PIECE
+from smelt.engine.inputs import SHARE
 from smelt.engine.kernels import STREAMED
 from smelt.engine.reducing import bind, schedule
 from smelt.engine.run import KEEP_BYTES, worth_kernels
@@ -39,7 +40,8 @@ FLOPS = 2e10
 class Forecast:
     """What a run with these settings costs: `memory` is an upper estimate of the resident peak, in bytes.
 
-    `bytes_read` counts each pass that cannot keep its input. `workers`, `tile`, `keep_bytes` and `kernels` are the
+    `bytes_read` counts each pass that cannot keep its input; it is more than will be read where compiled loops read by
+    themselves, since parts of what they read are kept as long as there is room. `workers`, `tile`, `keep_bytes` and `kernels` are the
     settings, as `run` takes them. `device_memory` is an estimate of the device's memory that one worker needs; 0 on
     the CPU. `work` holds the linear algebra of those tensors that need any, `seconds` a rough guess of what all of it
     takes on the CPU.
@@ -154,11 +156,14 @@ class _Costs:
     def with_settings(self, *, workers: int, tile: int, keep_bytes: int, kernels: bool) -> Forecast:
         stored, worked, largest = self._buffers(tile)
         streams = kernels and self.device == CPU
-        kept, read = 0, self._swept
+        kept = parts = 0
+        read = self._swept
         for size, count, streamed in self._inputs:
             again = streamed if streams and streamed else 1 if size <= keep_bytes else count
             read += size * again
             kept += size if count > again else 0
+            parts += size if streams and streamed > 1 else 0
+        kept += min(parts, int(SHARE * keep_bytes))
         memory = INTERPRETER + PER_ENTRY * len(self.plan.entries) + min(kept, keep_bytes) + self._results(workers)
         settings = (workers, tile, keep_bytes, kernels)
         if self.device != CPU:  # stored bytes of a task are on the host, those of a tile on the device as well

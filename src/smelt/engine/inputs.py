@@ -15,6 +15,9 @@ from smelt.engine.tiles import PIECE, Scratch
 from smelt.specs import TensorSpec
 from smelt.storage.files import Buffer
 
+SHARE = 0.25
+"""Of the memory that tensors may keep, what tasks may take for what kernels read: more of it leaves the third cache."""
+
 
 class Readable(Protocol):
     """What tensors are read from: a source, or what stands before one."""
@@ -45,7 +48,7 @@ class Stored:
 class Inputs:
     """The sources of one tensor. `kept`: one array a source that lasts from pass to pass, or None.
 
-    `there` holds, for each source, the tensor's bytes where they lie in memory and can be used as they are, else None.
+    What a kernel reads is kept task by task instead, as far as there is room. `there` holds, for each source, the tensor's bytes where they lie in memory and can be used as they are, else None.
     """
 
     def __init__(self, sources: Sequence[tuple[Readable, TensorSpec]]) -> None:
@@ -53,6 +56,22 @@ class Inputs:
         self.placed = all(lies_in_files(source) for source, _ in sources)
         self.there: list[Any] = [None] * len(sources)
         self.kept: list[Any] | None = None
+        self._room: tuple[TensorMemory, int] | None = None
+        self._blocks: dict[int, Any] = {}
+
+    @property
+    def bytes_kept(self) -> int:
+        """What is kept of tasks."""
+        return sum(self._blocks[low].size for low in list(self._blocks))
+
+    def keep_tasks(self, memory: TensorMemory, task: int) -> None:
+        """Keep what kernels read for tasks of so many elements, until `drop`."""
+        self._room = memory, task
+
+    def drop(self, low: int) -> None:
+        """Keep no longer what was read for the task from element `low` on."""
+        if self._room is not None and (block := self._blocks.pop(low, None)) is not None:
+            self._room[0].give(block)
 
     def keep(self, memory: TensorMemory, scratch: Scratch | None) -> None:
         """Find room for all inputs: in a worker's own buffers, or without any within the common limit."""
@@ -80,19 +99,47 @@ class Inputs:
             buffers.append((buffer, dtype))
         return Stored(buffers), read
 
-    def unread(self, low: int, high: int, scratch: Scratch, *, again: bool) -> tuple[Stored, int] | None:
-        """As `read`, for a kernel that reads by itself; None where nothing is to be read, or not from files."""
+    def unread(
+        self, low: int, high: int, scratch: Scratch, *, again: bool, keep: bool
+    ) -> tuple[Stored, int] | None:
+        """As `read`, for a kernel that reads by itself; None where nothing is to be read, or not from files.
+
+        With `keep` there is room for all of the range, if any is left, and what is read lasts until `drop`.
+        """
         if not self.placed or (again and self.kept is not None):
             return None
+        sizes = [(high - low) * size for *_, size in self._sources]
+        if low in self._blocks:
+            return Stored(self._cut(self._blocks[low], sizes)), 0
+        files = np.array(
+            [source.place_of(spec, low * size, high * size) for source, spec, _, size in self._sources],  # type: ignore[attr-defined]
+            dtype=np.int64,
+        )
+        if keep and (block := self._block(low)) is not None:
+            return Stored(self._cut(block, sizes), files), sum(sizes)
         buffers = []
-        files = np.empty((len(self._sources), 2), dtype=np.int64)
-        for i, (source, spec, dtype, size) in enumerate(self._sources):
-            first, last = low * size, high * size
-            files[i] = source.place_of(spec, first, last)  # type: ignore[attr-defined]
-            room = min(last - first, PIECE * size)
-            buffer = scratch.array(f"raw {i}", (room,), np.uint8) if self.kept is None else self.kept[i][first:last]
+        for i, (_, _, dtype, size) in enumerate(self._sources):
+            if self.kept is None:
+                buffer = scratch.array(f"raw {i}", (min(sizes[i], PIECE * size),), np.uint8)
+            else:
+                buffer = self.kept[i][low * size : high * size]
             buffers.append((buffer, dtype))
-        return Stored(buffers, files), sum((high - low) * size for *_, size in self._sources)
+        return Stored(buffers, files), sum(sizes)
+
+    def _block(self, low: int) -> Any:
+        """Room for what one task reads, if there is any."""
+        if self._room is None:
+            return None
+        memory, task = self._room
+        block = memory.take(task * sum(size for *_, size in self._sources), share=SHARE)
+        if block is not None:
+            self._blocks[low] = block
+        return block
+
+    def _cut(self, block: Any, sizes: Sequence[int]) -> list[tuple[Any, DType]]:
+        """A task's room, cut into that of the sources."""
+        ends = pairwise(accumulate(sizes, initial=0))
+        return [(block[first:last], source[2]) for (first, last), source in zip(ends, self._sources, strict=True)]
 
     def sample(self, chunks: int, length: int, size: int, scratch: Scratch) -> tuple[Stored, int]:
         """Chunks of `length` elements at even distances over the tensor's `size`."""

@@ -19,27 +19,28 @@ class Budget:
 
     def __init__(self, limit: int, empty: Callable[..., Any] = np.empty) -> None:
         self._limit = self._left = limit
+        self._given = 0
         self._empty = empty
         self._spare: dict[int, list[Any]] = {}
         self._lock = threading.Lock()
 
-    def take(self, size: int) -> Any:
-        """An uninitialised array of `size` bytes, or None where the limit does not allow it."""
+    def take(self, size: int, *, share: float = 1.0) -> Any:
+        """An uninitialised array of `size` bytes, or None where the limit, or this share of it, does not allow it."""
         with self._lock:
+            if self._given + size > share * self._limit:
+                return None
+            self._given += size
             if self._spare.get(size):
                 return self._spare[size].pop()
-            if size > self._limit:
-                return None
             while size > self._left and self._drop_largest():
                 pass
-            if size > self._left:
-                return None
             self._left -= size
         return self._empty(size, dtype=np.uint8)
 
     def give(self, array: Any) -> None:
-        """Take an array back."""
+        """Take an array back: that which came last is taken first, since it may still be in a cache."""
         with self._lock:
+            self._given -= array.size
             self._spare.setdefault(array.size, []).append(array)
 
     def _drop_largest(self) -> bool:
@@ -56,17 +57,21 @@ class TensorMemory:
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
-        self._taken: list[Any] = []
+        self._taken: dict[int, Any] = {}
         self._once: dict[str, Any] = {}
         self._kept: dict[str, Any] = {}
         self._lock = threading.Lock()
 
-    def take(self, size: int) -> Any:
+    def take(self, size: int, *, share: float = 1.0) -> Any:
         """An uninitialised array of `size` bytes until the tensor's end, or None where memory is short."""
-        array = self._budget.take(size)
+        array = self._budget.take(size, share=share)
         if array is not None:
-            self._taken.append(array)
+            self._taken[id(array)] = array
         return array
+
+    def give(self, array: Any) -> None:
+        """Give one of them back before."""
+        self._budget.give(self._taken.pop(id(array)))
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` gives, made once for all tiles of the tensor (or by two threads at once: it is the same)."""
@@ -92,4 +97,4 @@ class TensorMemory:
         self._once.clear()
         self._kept.clear()
         while self._taken:
-            self._budget.give(self._taken.pop())
+            self._budget.give(self._taken.popitem()[1])

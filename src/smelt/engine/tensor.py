@@ -146,7 +146,7 @@ class TensorRun:
     def bytes_reread(self) -> int:
         """What the present pass reads once more, because the input is not kept."""
         again = not self._first_pass and self._inputs.kept is None and self._stage is not Stage.READ_BACK
-        return self.entry.input_bytes if again else 0
+        return self.entry.input_bytes - self._inputs.bytes_kept if again else 0
 
     @property
     def alone(self) -> bool:
@@ -212,9 +212,11 @@ class TensorRun:
     # --- passes -------------------------------------------------------------------------------------------------
 
     def _keep_inputs(self, scratch: Scratch) -> None:
-        """Find room for the inputs, unless kernels read again what the system still has: that is quicker."""
+        """Find room for the inputs: what kernels read is kept by tasks, as many as there is room for."""
         if self.alone or self._tile_kernel is None or not self._inputs.placed:
             self._inputs.keep(self._memory, scratch if self.alone else None)
+        elif self._sink is not None:
+            self._inputs.keep_tasks(self._memory, self.geometry.task)
 
     def _begin_pass(self, scratch: Scratch) -> None:
         for running in self._running:
@@ -330,9 +332,14 @@ class TensorRun:
 
         It reads by itself where it can.
         """
-        if (found := self._inputs.unread(low, high, scratch, again=not self._first_pass)) is not None:
+        keep = self._stage is Stage.REDUCE
+        if (found := self._inputs.unread(low, high, scratch, again=not self._first_pass, keep=keep)) is not None:
             with contextlib.suppress(OSError):
-                return work(self._tile_given(found[0], low, high, scratch)), *found
+                if (result := work(self._tile_given(found[0], low, high, scratch))) is not None:
+                    return result, *found
+                self._inputs.drop(low)
+                return None, *found
+            self._inputs.drop(low)
         stored, read = self._read(low, high, scratch)
         return work(self._tile_given(stored, low, high, scratch)), stored, read
 
@@ -436,6 +443,7 @@ class TensorRun:
         size = self.entry.dtype.bits // 8
         out = scratch.array("out", ((stop - start) * size,), np.uint8)
         read = self.produce(start, stop, out, scratch)
+        self._inputs.drop(start)
         self._sink.write(self.entry.name, start * size, out)
         self._digest(start * size, out)
         return read, len(out)

@@ -11,7 +11,7 @@ import pytest
 
 from conformance.draws import TYPES, kinds, settings, tensors
 from conformance.driver import Memory, plan_of
-from smelt.engine.forecast import forecast
+from smelt.engine.forecast import forecast, passes
 from smelt.engine.kernels import STREAMED, fused
 from smelt.engine.kernels.loops.picking import (
     _marked_keys,
@@ -61,9 +61,9 @@ class Filed(MemoryCheckpoint):
         os.close(self.descriptor)
 
 
-def merged(plan: Plan, sources: list[Any]) -> tuple[bytes, RunResult]:
+def merged(plan: Plan, sources: list[Any], **settings: Any) -> tuple[bytes, RunResult]:
     sink = Memory(plan.entries)
-    done = run(plan, sources, sink, workers=2, kernels=True, allow_nonfinite=True)
+    done = run(plan, sources, sink, workers=2, kernels=True, allow_nonfinite=True, **settings)
     return b"".join(data.tobytes() for data in sink.data.values()), done
 
 
@@ -90,12 +90,15 @@ def test_the_bits_are_those_from_memory(method: str, types: str, tmp_path: Path)
     filed = [Filed(source, tmp_path / str(i)) for i, source in enumerate(plain)]
     try:
         expected, _ = merged(plan, list(plain))
-        found, done = merged(plan, list(filed))
+        found, done = merged(plan, list(filed), keep_bytes=0)
         assert found == expected
         assert {stop for source in filed for _, stop in source.asked}, "no kernel read by itself"
-        told = forecast(plan, workers=2, kernels=True, in_files=range(len(filed)))
+        told = forecast(plan, workers=2, kernels=True, keep_bytes=0, in_files=range(len(filed)))
         sampled = done.bytes_read - told.bytes_read  # a sample of each model is read beside
         assert 0 <= sampled <= len(filed) * 4 * 32768
+        found, kept = merged(plan, list(filed))
+        assert found == expected
+        assert (kept.bytes_read < done.bytes_read) == (passes(plan.entries[0]) > 1)
     finally:
         for source in filed:
             source.close()
