@@ -41,10 +41,10 @@ class Forecast:
     """What a run with these settings costs: `memory` is an upper estimate of the resident peak, in bytes.
 
     `bytes_read` counts each pass that cannot keep its input; it is more than will be read where compiled loops read by
-    themselves, since parts of what they read are kept as long as there is room. `workers`, `tile`, `keep_bytes` and `kernels` are the
-    settings, as `run` takes them. `device_memory` is an estimate of the device's memory that one worker needs; 0 on
-    the CPU. `work` holds the linear algebra of those tensors that need any, `seconds` a rough guess of what all of it
-    takes on the CPU.
+    themselves, since parts of what they read are kept as long as there is room. `workers`, `tile`, `keep_bytes` and
+    `kernels` are the settings, as `run` takes them. `device_memory` is an estimate of the device's memory that one
+    worker needs; 0 on the CPU. `work` holds the linear algebra of those tensors that need any, `seconds` a rough guess
+    of what all of it takes on the CPU.
     """
 
     bytes_read: int

@@ -48,7 +48,8 @@ class Stored:
 class Inputs:
     """The sources of one tensor. `kept`: one array a source that lasts from pass to pass, or None.
 
-    What a kernel reads is kept task by task instead, as far as there is room. `there` holds, for each source, the tensor's bytes where they lie in memory and can be used as they are, else None.
+    What a kernel reads is kept task by task instead, as far as there is room. `there` holds, for each source, the
+    tensor's bytes where they lie in memory and can be used as they are, else None.
     """
 
     def __init__(self, sources: Sequence[tuple[Readable, TensorSpec]]) -> None:
@@ -99,9 +100,7 @@ class Inputs:
             buffers.append((buffer, dtype))
         return Stored(buffers), read
 
-    def unread(
-        self, low: int, high: int, scratch: Scratch, *, again: bool, keep: bool
-    ) -> tuple[Stored, int] | None:
+    def unread(self, low: int, high: int, scratch: Scratch, *, again: bool, keep: bool) -> tuple[Stored, int] | None:
         """As `read`, for a kernel that reads by itself; None where nothing is to be read, or not from files.
 
         With `keep` there is room for all of the range, if any is left, and what is read lasts until `drop`.

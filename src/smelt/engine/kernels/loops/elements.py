@@ -73,18 +73,24 @@ def _widen(stored):
 
 
 @numba.njit(inline="always")
-def rounded_bfloat16(x: Any) -> Any:
-    """The bits of a float32 that is no NaN rounded to bfloat16, nearest and ties to even, as uint16."""
+def _rounded(x: Any) -> Any:
+    """The bits of a float32 that is no NaN, rounded to the upper half of them, nearest and ties to even."""
     even = np.uint32(np.uint32(x >> np.uint32(16)) & np.uint32(1))
-    return np.uint16(np.uint32(np.uint32(x + np.uint32(0x7FFF)) + even) >> np.uint32(16))
+    return np.uint32(np.uint32(np.uint32(x + np.uint32(0x7FFF)) + even) >> np.uint32(16))
+
+
+@numba.njit(inline="always")
+def rounded_bfloat16(x: Any) -> Any:
+    """The bits of a float32 that is no NaN rounded to bfloat16, as uint16."""
+    return np.uint16(_rounded(x))
 
 
 @numba.njit(inline="always")
 def to_bfloat16(value: Any) -> Any:
     """A float32 rounded to bfloat16, nearest and ties to even, as uint16; a NaN stays one."""
     x = np.float32(value).view(np.uint32)
-    quiet = np.uint16(np.uint32(x >> np.uint32(16)) | np.uint32(0x40))
-    return quiet if np.uint32(x & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded_bfloat16(x)
+    quiet = np.uint32(np.uint32(x >> np.uint32(16)) | np.uint32(0x40))
+    return np.uint16(quiet if np.uint32(x & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else _rounded(x))
 
 
 def narrow(value: Any, out: Any) -> Any:

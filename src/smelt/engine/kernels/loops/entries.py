@@ -23,27 +23,12 @@ from smelt.engine.kernels.loops.elements import (
     widen,
 )
 from smelt.engine.kernels.loops.fetch import cut, fetch
+from smelt.engine.kernels.loops.output import function, made
 from smelt.engine.kernels.loops.sums import multiply_run
 from smelt.engine.kernels.sizes import RUN
 from smelt.engine.tiles import BLOCK, PIECE
 from smelt.methods.nearswap import LEAST
 from smelt.methods.stages import TINY
-
-_SPACE = {
-    "np": np,
-    "widen": widen,
-    "narrow": narrow,
-    "magnitude": magnitude,
-    "infinity": infinity,
-    "least": least,
-}
-
-
-def _made(name: str, lines: list[str]) -> Any:
-    """A function of these lines."""
-    space: dict[str, Any] = dict(_SPACE)
-    exec("\n".join(lines), space)
-    return space[name]
 
 
 def _deltas(models: int) -> list[str]:
@@ -54,12 +39,6 @@ def _deltas(models: int) -> list[str]:
 def _stored(models: int) -> list[str]:
     """Arrays in names of their own: taken from a tuple inside the loop they would be counted, and no vectors made."""
     return [f"    s{i} = stored[{i}]" for i in range(models)]
-
-
-def _output(value: str) -> list[str]:
-    """Store a float64 as element j of the output."""
-    lines = [f"        y = narrow(np.float32({value}), out)", "        out[j] = y"]
-    return [*lines, "        worst = max(worst, magnitude(y))", "    return worst >= infinity(out)"]
 
 
 # --- nearswap -------------------------------------------------------------------------------------------------------
@@ -103,16 +82,16 @@ def _average(stored: Any, base: Any, epsilon: float, boost: Any, out: Any) -> bo
 @overload(_average)
 def _written_average(stored, base, epsilon, boost, out):
     each = range(len(stored))
-    lines = ["def loop(stored, base, epsilon, boost, out):", *_stored(len(stored)), "    worst = least(out)"]
-    lines += [f"    r{i} = boost[{i}]" for i in each]
-    lines += ["    for j in range(out.size):", *_deltas(len(stored))]
-    lines += [f"        a{i} = not np.float64(np.abs(d{i})) <= epsilon" for i in each]
-    lines += [f"        count = {' + '.join(f'(1.0 if a{i} else 0.0)' for i in each)}", "        total = 0.0"]
+    head = ["def loop(stored, base, epsilon, boost, out):", *_stored(len(stored))]
+    head += [f"    r{i} = boost[{i}]" for i in each]
+    body = _deltas(len(stored))
+    body += [f"        a{i} = not np.float64(np.abs(d{i})) <= epsilon" for i in each]
+    body += [f"        count = {' + '.join(f'(1.0 if a{i} else 0.0)' for i in each)}", "        total = 0.0"]
     for i in each:
-        lines += [f"        v = np.float64(d{i})", f"        v = r{i} * v if count == 1.0 else v"]
-        lines += [f"        total = total + v if a{i} else total"]
-    lines += ["        total = total / (1.0 if count < 1.0 else count)"]
-    return _made("loop", [*lines, *_output("np.float64(b) + total")])
+        body += [f"        v = np.float64(d{i})", f"        v = r{i} * v if count == 1.0 else v"]
+        body += [f"        total = total + v if a{i} else total"]
+    body += ["        total = total / (1.0 if count < 1.0 else count)"]
+    return made(head, body, "np.float64(b) + total", out)
 
 
 @JIT
@@ -142,7 +121,7 @@ def _written_count(stored, base, epsilon, size, counts):
     lines += [f"        count = {' + '.join(f'a{i}' for i in each)}"]
     lines += [f"        u{i} += a{i} & (count == 1); t{i} += a{i} & (count > 1)" for i in each]
     lines += [f"    counts[{i}] += u{i}; counts[{len(stored) + i}] += t{i}" for i in each]
-    return _made("loop", lines)
+    return function(lines)
 
 
 @JIT
@@ -170,7 +149,7 @@ def _written_variance(stored, base, out):
     lines += [f"        mean = ({' + '.join(f'np.float64(d{i})' for i in each)}) / {models}.0"]
     lines += [f"        e{i} = np.float64(d{i}) - mean" for i in each]
     lines += [f"        out[j] = ({' + '.join(f'e{i} * e{i}' for i in each)}) / {models}.0"]
-    return _made("loop", lines)
+    return function(lines)
 
 
 @JIT
@@ -259,21 +238,21 @@ def _fuse(stored: Any, base: Any, kept: Any, shares: Any, out: Any) -> bool:
 @overload(_fuse)
 def _written_fuse(stored, base, kept, shares, out):
     each, models = range(len(stored)), len(stored)
-    lines = ["def loop(stored, base, kept, shares, out):", *_stored(models), "    worst = least(out)"]
-    lines += [f"    c{i} = shares[{i}]" for i in each]
-    lines += ["    for j in range(out.size):", *_deltas(models)]
-    lines += [f"        e{i} = np.float64(d{i} if kept[j] else np.float32(0.0))" for i in each]
-    lines += [
+    head = ["def loop(stored, base, kept, shares, out):", *_stored(models)]
+    head += [f"    c{i} = shares[{i}]" for i in each]
+    body = _deltas(models)
+    body += [f"        e{i} = np.float64(d{i} if kept[j] else np.float32(0.0))" for i in each]
+    body += [
         f"        up = ({' + '.join(f'e{i}' for i in each)}) >= 0.0",
         "        mixed = 0.0",
         "        agreeing = 0.0",
     ]
     for i in each:
-        lines += [f"        g = e{i} if up else -e{i}", "        a = not g <= 0.0"]
-        lines += [f"        mixed = mixed + c{i} * e{i} if a else mixed"]
-        lines += [f"        agreeing = agreeing + c{i} if a else agreeing"]
-    lines += [f"        mixed = mixed / (1.0 if agreeing < {TINY!r} else agreeing)"]
-    return _made("loop", [*lines, *_output("np.float64(b) + mixed")])
+        body += [f"        g = e{i} if up else -e{i}", "        a = not g <= 0.0"]
+        body += [f"        mixed = mixed + c{i} * e{i} if a else mixed"]
+        body += [f"        agreeing = agreeing + c{i} if a else agreeing"]
+    body += [f"        mixed = mixed / (1.0 if agreeing < {TINY!r} else agreeing)"]
+    return made(head, body, "np.float64(b) + mixed", out)
 
 
 @JIT

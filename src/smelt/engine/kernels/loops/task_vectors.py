@@ -13,8 +13,9 @@ import numpy as np
 from numba.extending import overload
 
 from smelt.engine.kernels.loops import sums
-from smelt.engine.kernels.loops.elements import JIT, drawn_at, infinity, least, magnitude, narrow, rooms, widen
+from smelt.engine.kernels.loops.elements import JIT, drawn_at, rooms, widen
 from smelt.engine.kernels.loops.fetch import cut, fetch
+from smelt.engine.kernels.loops.output import made
 from smelt.engine.kernels.loops.picking import add_chosen, choose, draw_below, places_between
 from smelt.engine.kernels.loops.sums import add_run, keep_between, widen_run
 from smelt.engine.kernels.sizes import ADD, BAND, DROP, ELECT_MEAN, MOST_MODELS, PLACES, RUN, TRIM
@@ -153,37 +154,30 @@ def combine_run(kind, room, bases, weight, scale, total, factor, out):
 
 @overload(combine_run)
 def _written_combine(kind, room, bases, weight, scale, total, factor, out):
-    return _written(len(weight), elected=len(kind) < len(ADD), mean=len(kind) == len(ELECT_MEAN))
+    return _written(len(weight), out, elected=len(kind) < len(ADD), mean=len(kind) == len(ELECT_MEAN))
 
 
-def _written(models: int, *, elected: bool, mean: bool) -> Any:
+def _written(models: int, out: Any, *, elected: bool, mean: bool) -> Any:
     """The loop over the elements of a run, written out for a number of models so that all stays in registers.
 
     The operations and their order are those of `methods.stages.combine`. Conditions are joined without branches.
     """
     each = range(models)
-    lines = ["def loop(kind, room, bases, weight, scale, total, factor, out):"]
-    lines += ["    worst = least(out)"]
-    lines += [f"    d{i} = room[{i}]; w{i} = weight[{i}]; f{i} = scale[{i}]" for i in each]
-    lines += ["    for j in range(out.size):"]
-    lines += [f"        e{i} = f{i} * np.float64(d{i}[j])" for i in each]
-    lines += [f"        t = {' + '.join(f'e{i}' for i in each)}"]
+    head = ["def loop(kind, room, bases, weight, scale, total, factor, out):"]
+    head += [f"    d{i} = room[{i}]; w{i} = weight[{i}]; f{i} = scale[{i}]" for i in each]
+    body = [f"        e{i} = f{i} * np.float64(d{i}[j])" for i in each]
+    body += [f"        t = {' + '.join(f'e{i}' for i in each)}"]
     if elected:
-        lines += ["        up = t >= 0.0", "        mixed = 0.0", "        agreeing = 0.0"]
+        body += ["        up = t >= 0.0", "        mixed = 0.0", "        agreeing = 0.0"]
         for i in each:
-            lines += [f"        g = e{i} if up else -e{i}", "        a = not g <= 0.0"]
-            lines += [f"        mixed = mixed + e{i} if a else mixed"]
-            lines += [f"        agreeing = agreeing + w{i} if a else agreeing"] if mean else []
+            body += [f"        g = e{i} if up else -e{i}", "        a = not g <= 0.0"]
+            body += [f"        mixed = mixed + e{i} if a else mixed"]
+            body += [f"        agreeing = agreeing + w{i} if a else agreeing"] if mean else []
         below = f" / (agreeing if np.abs(agreeing) >= {TINY!r} else 1.0)" if mean else ""
-        lines += [f"        t = mixed{below}"]
+        body += [f"        t = mixed{below}"]
     else:
-        lines += ["        t = t / total"]
-    lines += ["        y = narrow(np.float64(bases[j]) + factor * t, out)"]
-    lines += ["        out[j] = y", "        worst = max(worst, magnitude(y))", "    return worst >= infinity(out)"]
-    space: dict[str, Any] = {"np": np, "narrow": narrow, "magnitude": magnitude}
-    space |= {"infinity": infinity, "least": least}
-    exec("\n".join(lines), space)
-    return space["loop"]
+        body += ["        t = t / total"]
+    return made(head, body, "np.float64(bases[j]) + factor * t", out)
 
 
 @JIT
