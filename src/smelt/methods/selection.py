@@ -198,8 +198,10 @@ class Between:
 class KthLargest(_RadixSelect):
     """The K-th largest of float32 magnitudes: non-negative floats are ordered as their bit patterns are.
 
-    With a `guess` from a sample, one pass finds it: those above a bracket are counted, those inside it kept. Should the
-    K-th largest turn out to lie outside, the two rounds of the radix follow. Either way the result is exact.
+    With a `guess` from a sample, one pass finds it: those above a bracket are counted, those inside it kept, but for
+    zeros, of which a fine-tune in bfloat16 may have any number: what is neither above nor inside a bracket that begins
+    at zero is one. Should the K-th largest turn out to lie outside, the two rounds of the radix follow. Either way the
+    result is exact.
     """
 
     rounds: ClassVar[int] = 2
@@ -239,7 +241,7 @@ class KthLargest(_RadixSelect):
             ends = 0 if low < 0 else from_low[low], np.uint32(0xFFFFFFFF) if high >= total else from_low[high]
             brackets[row, place] = ends
             first, last = (
-                np.searchsorted(from_low, ends[0], side="left"),
+                np.searchsorted(from_low, max(ends[0], 1), side="left"),
                 np.searchsorted(from_low, ends[1], side="right"),
             )
             if last - first > self._CROWDED * total:
@@ -250,8 +252,7 @@ class KthLargest(_RadixSelect):
         """The partial result of the pass with a guess."""
         numbers, counts = (np.asarray(part) for part in values)
         keys = np.ascontiguousarray(numbers).view(np.uint32).reshape(len(numbers), -1)
-
-        low, high = self.brackets[..., :1], self.brackets[..., 1:]
+        low, high = np.maximum(self.brackets[..., :1], 1), self.brackets[..., 1:]
         above = np.count_nonzero(keys[:, None] > high, axis=-1)
         inside = (keys[:, None] >= low) & (keys[:, None] <= high)
         return self.found(
@@ -292,7 +293,7 @@ class KthLargest(_RadixSelect):
         if not isinstance(total, Between):
             super().close(total)
             return
-        self.brackets = None
+        brackets, self.brackets = self.brackets, None
         if total.inside is None:
             return
         counts = np.clip(total.counts, 0, self._size)
@@ -300,9 +301,12 @@ class KthLargest(_RadixSelect):
         for (row, place), count in np.ndenumerate(counts):
             inside = np.concatenate(total.inside[row][place])
             wanted = int(max(count, 1) - total.above[row, place])
-            if not 1 <= wanted <= inside.size:
+            zeros = 0
+            if brackets is not None and brackets[row, place, 0] == 0:
+                zeros = int(self._size - total.above[row, place]) - inside.size
+            if not 1 <= wanted <= inside.size + zeros:
                 return
-            key, higher, same = _within(inside, wanted)
+            key, higher, same = (0, inside.size, zeros) if wanted > inside.size else _within(inside, wanted)
             keys[row, place] = key
             above[row, place] = total.above[row, place] + higher
             equal[row, place] = same

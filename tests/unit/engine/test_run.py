@@ -270,12 +270,14 @@ def test_inputs_are_read_once_where_they_fit(method: str) -> None:
 
 def test_inputs_that_do_not_fit_are_read_for_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, sources = plan_of("ties", [BIG], BIG, values={"weight": (1.0,), "density": (0.5,)}, out=F32)
-    assert passes(plan.entries[0]) == 3
+    assert passes(plan.entries[0]) == 3  # at most: here one pass around a guess finds the cut
     monkeypatch.setattr(engine, "KEEP_BYTES", 2 * BIG["big"].nbytes - 1)
     watched = [Watched(one) for one in sources]
     run(plan, watched, Memory(plan.entries), workers=2)
     for one in watched:
-        assert sum(stop - start for _, start, stop in one.reads) == 3 * BIG["big"].nbytes + 32 * 1024 * 4  # a sample
+        assert (
+            sum(stop - start for _, start, stop in one.reads) == 2 * BIG["big"].nbytes + 32 * 1024 * 4
+        )  # the cut takes one: a sample
 
 
 def test_the_budget() -> None:

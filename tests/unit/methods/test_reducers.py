@@ -151,6 +151,21 @@ def test_a_sample_places_a_bracket() -> None:
     assert crowded.brackets is None
 
 
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.65, 0.999])
+def test_zeros_take_no_second_pass(share: float) -> None:
+    """Of a fine-tune in bfloat16 most entries may be those of the base: cuts at 0, and above it, in one pass."""
+    rng = np.random.default_rng(6)
+    numbers = np.abs(rng.standard_normal((1, 1 << 18), dtype=np.float32))
+    numbers[rng.random(numbers.shape) < share] = 0.0
+    for density in (0.02, 0.3, 0.36, 0.9, 1.0):
+        reducer = KthLargest(scope="tensor", size=numbers.size)
+        counts = np.asarray([[int(density * numbers.size)]])
+        reducer.guess((numbers.reshape(1, 16, -1)[:, :, :2048], counts))
+        reducer.close(reducer.fold(None, reducer.partial((numbers, counts))))
+        assert reducer.done, density
+        same(reducer.finish(), KthLargest.whole((numbers, counts)))
+
+
 def test_a_bracket_too_full_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KthLargest, "MOST_KEPT", 10)
     numbers = np.arange(40, dtype=np.float32)[None]

@@ -41,7 +41,7 @@ STREAMED = frozenset(
         *("linear", "task_arithmetic", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "passthrough"),
         *("sma", "wma", "ema", "expo", "geometric_median", "ties", "dare_linear", "dare_ties"),
         *("breadcrumbs", "breadcrumbs_ties", "della", "della_linear"),
-        *("nearswap", "ram", "ramplus_tl", "sce", "arcee_fusion"),
+        *("nearswap", "ram", "ramplus_tl", "sce", "arcee_fusion", "consensus", "localize"),
     }
 )
 """The methods whose tiles have a kernel: one that reads by itself, piece by piece, where the models lie in files."""

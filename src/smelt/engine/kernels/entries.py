@@ -1,4 +1,4 @@
-"""Methods that decide at each entry by the size of its differences: what the loops are told for nearswap, ram, sce."""
+"""Methods that decide at each entry by the size of its differences: what nearswap, ram, consensus, sce tell loops."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from smelt.methods.reducers import LANES
 _SWAP = Loop("entries", "swap_near")
 _AVERAGE = Loop("entries", "average_active")
 _COUNT_ACTIVE = Loop("entries", "count_active")
+_AGREE = Loop("entries", "agree_tile")
 _COUNT_VARYING = Loop("entries", "count_varying")
 _COUNT_VARIANCES = Loop("entries", "count_variances")
 _ADD_ENERGIES = Loop("entries", "add_energies")
@@ -61,6 +62,14 @@ def _in_lanes(counts: Any) -> Any:
     lanes = np.zeros((*counts.shape, LANES))
     lanes[..., 0] = counts
     return lanes
+
+
+def agree(method: Any, given: Given, out: Any) -> bool | None:
+    """The tile of consensus."""
+    if (fed := feed(given)) is None:
+        return None
+    weight, threshold = plain(method.weight.reshape(-1)), plain(method.threshold.reshape(-1))
+    return bool(_AGREE(*fed, weight, threshold, float(method.agreement), float(method.lambda_), out))
 
 
 def varying(method: Any, given: Given, reducer: Any) -> Any:
@@ -115,6 +124,7 @@ FUNCTIONS: dict[tuple[str, ...], Any] = {
     ("ram", "tile"): average,
     ("ramplus_tl", "unique", "shared"): active,
     ("ramplus_tl", "tile"): boosted_average,
+    ("consensus", "tile"): agree,
     ("sce", "varying"): varying,
     ("sce", "cut"): variances,
     ("sce", "energy"): energies,

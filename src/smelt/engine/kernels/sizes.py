@@ -27,4 +27,5 @@ TRIM, DROP, DROP_AGAIN, BAND = range(4)
 ELECT_MEAN: Any = (0,)
 ELECT_SUM: Any = (0, 0)
 ADD: Any = (0, 0, 0)
+AVERAGE: Any = (0, 0, 0, 0)
 """How kept deltas are combined. Told by a tuple's length, which is part of its type: only what is used is compiled."""

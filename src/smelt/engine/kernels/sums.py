@@ -20,6 +20,7 @@ _SUMS = Loop("sums", "sums")
 _PRODUCTS = Loop("sums", "products")
 _PRODUCTS_OF_MODELS = Loop("sums", "products_of_models")
 _PRODUCTS_OF_DELTAS = Loop("sums", "products_of_deltas")
+_PRODUCTS_APART = Loop("sums", "products_apart")
 _KEEP_ROWS = Loop("sums", "keep_rows")
 _COUNT_UPPER = Loop("sums", "count_upper")
 _COUNT_LOWER = Loop("sums", "count_lower")
@@ -85,6 +86,11 @@ def of_base_and_model(method: Any, given: Given, reducer: Gram) -> Any:
     """Of the base and the one model, in this order; stored is the base last."""
     found = of_models(method, given, reducer)
     return None if found is None else found[:, ::-1, ::-1]
+
+
+def of_models_apart(method: Any, given: Given, reducer: Gram) -> Any:
+    """Of the models' differences from the first of them, in float64."""
+    return None if given.has_base else _gram(given, _PRODUCTS_APART, given.models)
 
 
 def _gram(given: Given, kernel: Any, k: int) -> Any:
@@ -160,5 +166,6 @@ FUNCTIONS: dict[tuple[str, ...], Any] = {
     ("model_stock", "products"): of_deltas,
     ("nuslerp", "products"): of_vectors,
     ("multislerp", "products"): of_vectors,
+    ("geometric_median", "products"): of_models_apart,
 }
 """(method, reduction) -> kernel on the stored bytes."""

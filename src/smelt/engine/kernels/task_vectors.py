@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,19 @@ import numpy as np
 from smelt.engine.given import Given
 from smelt.engine.kernels.feeding import feed, plain
 from smelt.engine.kernels.loading import Loop
-from smelt.engine.kernels.sizes import ADD, BAND, COLUMNS, DROP, DROP_AGAIN, ELECT_MEAN, ELECT_SUM, GRID, RUN, TRIM
+from smelt.engine.kernels.sizes import (
+    ADD,
+    AVERAGE,
+    BAND,
+    COLUMNS,
+    DROP,
+    DROP_AGAIN,
+    ELECT_MEAN,
+    ELECT_SUM,
+    GRID,
+    RUN,
+    TRIM,
+)
 from smelt.engine.kernels.sums import Kept, histograms
 from smelt.engine.tiles import BLOCK
 from smelt.methods.reducers import LANES
@@ -25,6 +37,10 @@ _KEEP_MAGNITUDES = Loop("task_vectors", "keep_magnitudes")
 _ALL_MAGNITUDES = Loop("task_vectors", "all_magnitudes")
 _COUNT_UPPER = Loop("task_vectors", "count_upper")
 _COUNT_LOWER = Loop("task_vectors", "count_lower")
+
+
+Mixing = Callable[[Any, Given], tuple[Any, ...]]
+"""(method, given) -> how loops are told to mix: kind, w_i, w_i f_i, Σ w_i."""
 
 
 def limits(share: Any) -> Any:
@@ -100,11 +116,11 @@ def _is_by_row(method: Any) -> bool:
     return bool(method.grain is not Grain.ELEMENT)
 
 
-def tile(method: Any, given: Given, out: Any, *, rule: int, elected: bool) -> bool | None:
+def tile(method: Any, given: Given, out: Any, *, rule: int, mixed: Mixing) -> bool | None:
     """The tile of a method that keeps, weighs and mixes deltas, as stored elements of the output."""
     if (fed := feed(given)) is None or _is_by_row(method):
         return None
-    settings = given.once("settings of the tile", lambda: _settings(method, given, rule=rule, elected=elected))
+    settings = given.once("settings of the tile", lambda: _settings(method, given, rule=rule, mixed=mixed))
     value, limit, keys, kind, weight, scale, total = settings
     lasting = given.kept(_DRAWN)
     again = DROP_AGAIN if rule == DROP and lasting is not None else rule
@@ -112,10 +128,10 @@ def tile(method: Any, given: Given, out: Any, *, rule: int, elected: bool) -> bo
     return bool(_MIX(*fed, *numbers, weight, scale, total, float(method.lambda_), out))
 
 
-def _settings(method: Any, given: Given, *, rule: int, elected: bool) -> tuple[Any, ...]:
+def _settings(method: Any, given: Given, *, rule: int, mixed: Mixing) -> tuple[Any, ...]:
     """What is the same for all tiles of the tensor."""
     value, limit = _bounds(method, given, rule)
-    return value, limit, stream_keys(given), *mixing(method, given, elected=elected)
+    return value, limit, stream_keys(given), *mixed(method, given)
 
 
 def mixing(method: Any, given: Given, *, elected: bool) -> tuple[Any, ...]:
@@ -125,6 +141,12 @@ def mixing(method: Any, given: Given, *, elected: bool) -> tuple[Any, ...]:
     scale = weight if factors is None else (method.weight * factors).reshape(-1)
     kind = (ELECT_MEAN if method.normalize else ELECT_SUM) if elected else ADD
     return kind, plain(weight), plain(scale), divisor(weight) if method.normalize else 1.0
+
+
+def _averaging(method: Any, given: Given) -> tuple[Any, ...]:
+    """The same for the mean of what is kept, which needs none of it."""
+    ones = (1.0,) * given.models
+    return AVERAGE, ones, ones, 1.0
 
 
 def magnitudes(method: Any, given: Given, *, rule: int) -> Any:
@@ -148,10 +170,12 @@ def _functions() -> Iterator[tuple[tuple[str, ...], Any]]:
     for name, rule, elected in (("ties", TRIM, True), ("breadcrumbs", BAND, False), ("breadcrumbs_ties", BAND, True)):
         yield (name, "cut"), partial(largest, rule=rule)
         yield (name, "kept"), partial(_kept_magnitudes, rule=rule)
-        yield (name, "tile"), partial(tile, rule=rule, elected=elected)
+        yield (name, "tile"), partial(tile, rule=rule, mixed=partial(mixing, elected=elected))
+    yield ("localize", "cut"), partial(largest, rule=TRIM)
+    yield ("localize", "tile"), partial(tile, rule=TRIM, mixed=_averaging)
     for name, elected in (("dare_linear", False), ("dare_ties", True)):
         yield (name, "whole", "kept"), lambda method, given, *reducers: magnitudes(method, given, rule=DROP)
-        yield (name, "tile"), partial(tile, rule=DROP, elected=elected)
+        yield (name, "tile"), partial(tile, rule=DROP, mixed=partial(mixing, elected=elected))
 
 
 FUNCTIONS: dict[tuple[str, ...], Any] = dict(_functions())

@@ -1,4 +1,4 @@
-"""Methods that decide at each entry by the size of its differences: nearswap, ram, sce.
+"""Methods that decide at each entry by the size of its differences: nearswap, ram, consensus, sce.
 
 Each is written out for a number of models, so that all stays in registers. The operations and their order are those of
 the methods' own functions, so the bits are too.
@@ -132,6 +132,41 @@ def count_active(files: Any, stored: Any, epsilon: float, size: int, counts: Any
         at = fetch(files, stored, low, high)
         part = cut(stored, at, at + high - low)
         _count(part[:-1], part[-1], epsilon, high - low, counts[low // BLOCK])
+
+
+# --- consensus ------------------------------------------------------------------------------------------------------
+
+
+def _agree(stored: Any, base: Any, weight: Any, threshold: Any, agreement: float, factor: float, out: Any) -> bool:
+    """b + λ · Σ w_i d_i where so many models ask for the entry; whether a number of it is not finite."""
+    raise NotImplementedError
+
+
+@overload(_agree)
+def _written_agree(stored, base, weight, threshold, agreement, factor, out):
+    each = range(len(stored))
+    head = ["def loop(stored, base, weight, threshold, agreement, factor, out):", *_stored(len(stored))]
+    head += [f"    w{i} = weight[{i}]; t{i} = threshold[{i}]" for i in each]
+    body = [*_deltas(len(stored)), *(f"        e{i} = w{i} * np.float64(d{i})" for i in each), "        asking = 0.0"]
+    for i in each:
+        others = " + ".join(["0.0", *(f"e{k}" for k in each if k != i)])
+        body += [f"        asks = not np.abs(e{i}) < t{i} * np.abs({others})"]
+        body += ["        asking = asking + (1.0 if asks else 0.0)"]
+    body += [f"        total = {' + '.join(f'e{i}' for i in each)}"]
+    body += ["        kept = (asking >= agreement) | (not np.abs(total) < np.inf)"]
+    return made(head, body, "np.float64(b) + factor * (total if kept else 0.0)", out)
+
+
+@JIT
+def agree_tile(files: Any, stored: Any, weight: Any, threshold: Any, agreement: float, factor: float, out: Any) -> bool:
+    """The tile of consensus; whether a number of it is not finite."""
+    found = False
+    for low in range(0, out.size, PIECE):
+        high = min(low + PIECE, out.size)
+        at = fetch(files, stored, low, high)
+        part = cut(stored, at, at + high - low)
+        found |= _agree(part[:-1], part[-1], weight, threshold, agreement, factor, out[low:high])
+    return found
 
 
 # --- sce ------------------------------------------------------------------------------------------------------------

@@ -108,6 +108,36 @@ def products_of_deltas(files: Any, stored: Any, size: int, lanes: Any) -> None:
 
 
 @JIT
+def _multiply_wide(x: Any, y: Any, count: int, lanes: Any) -> None:
+    """As `multiply_run`, of float64 numbers, whose products are rounded before they are added."""
+    for first in range(0, count // LANES * LANES, LANES):
+        one, other = x[first : first + LANES], y[first : first + LANES]
+        for lane in range(LANES):
+            lanes[lane] += one[lane] * other[lane]
+    for j in range(count // LANES * LANES, count):
+        lanes[j % LANES] += x[j] * y[j]
+
+
+@JIT
+def products_apart(files: Any, stored: Any, size: int, lanes: Any) -> None:
+    """`products` of the models' differences from the first of them, in float64."""
+    room = rooms(MOST_MODELS, RUN, np.float64)
+    for low in range(0, size, PIECE):
+        high = min(low + PIECE, size)
+        at = fetch(files, stored, low, high)
+        for start in range(at, at + high - low, RUN):
+            count = min(RUN, at + high - low - start)
+            for i in range(len(stored)):
+                for j in range(count):
+                    room[i, j] = np.float64(widen(stored[i][start + j])) - np.float64(widen(stored[0][start + j]))
+            pair = 0
+            for i in range(len(stored)):
+                for k in range(i, len(stored)):
+                    _multiply_wide(room[i], room[k], count, lanes[pair, low // BLOCK])
+                    pair += 1
+
+
+@JIT
 def keep_between(bits: Any, low: Any, high: Any, room: Any, places: Any, found: int) -> tuple[int, int]:
     """Of one run of magnitudes' bits: how many are above `high`; those in [low, high] go to room[found:].
 

@@ -18,7 +18,7 @@ from smelt.engine.kernels.loops.fetch import cut, fetch
 from smelt.engine.kernels.loops.output import made
 from smelt.engine.kernels.loops.picking import add_chosen, choose, draw_below, places_between
 from smelt.engine.kernels.loops.sums import add_run, keep_between, widen_run
-from smelt.engine.kernels.sizes import ADD, BAND, DROP, ELECT_MEAN, MOST_MODELS, PLACES, RUN, TRIM
+from smelt.engine.kernels.sizes import ADD, AVERAGE, BAND, DROP, ELECT_MEAN, MOST_MODELS, PLACES, RUN, TRIM
 from smelt.engine.tiles import BLOCK, PIECE
 from smelt.methods.stages import TINY
 
@@ -154,17 +154,29 @@ def combine_run(kind, room, bases, weight, scale, total, factor, out):
 
 @overload(combine_run)
 def _written_combine(kind, room, bases, weight, scale, total, factor, out):
-    return _written(len(weight), out, elected=len(kind) < len(ADD), mean=len(kind) == len(ELECT_MEAN))
+    value = "np.float64(bases[j]) + factor * t"
+    head = ["def loop(kind, room, bases, weight, scale, total, factor, out):"]
+    head += [f"    d{i} = room[{i}]; w{i} = weight[{i}]; f{i} = scale[{i}]" for i in range(len(weight))]
+    if len(kind) == len(AVERAGE):
+        return made(head, _average(len(weight)), value, out)
+    return made(head, _mixed(len(weight), elected=len(kind) < len(ADD), mean=len(kind) == len(ELECT_MEAN)), value, out)
 
 
-def _written(models: int, out: Any, *, elected: bool, mean: bool) -> Any:
-    """The loop over the elements of a run, written out for a number of models so that all stays in registers.
+def _average(models: int) -> list[str]:
+    """t = the mean of the entries that are not 0, as `methods.ram.average_active` makes it; 0 where there is none."""
+    each = range(models)
+    body = [f"        e{i} = np.float64(d{i}[j]); a{i} = not np.abs(e{i}) <= 0.0" for i in each]
+    body += [f"        count = {' + '.join(f'(1.0 if a{i} else 0.0)' for i in each)}", "        t = 0.0"]
+    body += [f"        t = t + e{i} if a{i} else t" for i in each]
+    return [*body, "        t = t / (1.0 if count < 1.0 else count)"]
+
+
+def _mixed(models: int, *, elected: bool, mean: bool) -> list[str]:
+    """t of one element, written out for a number of models so that all stays in registers.
 
     The operations and their order are those of `methods.stages.combine`. Conditions are joined without branches.
     """
     each = range(models)
-    head = ["def loop(kind, room, bases, weight, scale, total, factor, out):"]
-    head += [f"    d{i} = room[{i}]; w{i} = weight[{i}]; f{i} = scale[{i}]" for i in each]
     body = [f"        e{i} = f{i} * np.float64(d{i}[j])" for i in each]
     body += [f"        t = {' + '.join(f'e{i}' for i in each)}"]
     if elected:
@@ -177,7 +189,7 @@ def _written(models: int, out: Any, *, elected: bool, mean: bool) -> Any:
         body += [f"        t = mixed{below}"]
     else:
         body += ["        t = t / total"]
-    return made(head, body, "np.float64(bases[j]) + factor * t", out)
+    return body
 
 
 @JIT
