@@ -41,7 +41,7 @@ STREAMED = frozenset(
         *("linear", "task_arithmetic", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "passthrough"),
         *("sma", "wma", "ema", "expo", "geometric_median", "ties", "dare_linear", "dare_ties"),
         *("breadcrumbs", "breadcrumbs_ties", "della", "della_linear"),
-        *("nearswap", "ram", "ramplus_tl", "sce", "arcee_fusion", "consensus", "localize"),
+        *("nearswap", "ram", "ramplus_tl", "sce", "arcee_fusion", "consensus", "localize", "pcb"),
     }
 )
 """The methods whose tiles have a kernel: one that reads by itself, piece by piece, where the models lie in files."""
@@ -55,7 +55,7 @@ def fused() -> Kernels:
     """The kernels, compiled when first called and cached on disk; the definitions where numba is not installed."""
     if importlib.util.find_spec("numba") is None:
         return DEFINITIONS
-    from smelt.engine.kernels import codecs, entries, feeding, fusion, ranks, span, sums, task_vectors
+    from smelt.engine.kernels import codecs, competition, entries, feeding, fusion, ranks, span, sums, task_vectors
 
     return Kernels(
         decode=codecs.decode,
@@ -64,7 +64,9 @@ def fused() -> Kernels:
         any_nonfinite=codecs.any_nonfinite,
         partials=sums.PARTIALS,
         functions=dict(
-            entry for one in (span, sums, task_vectors, ranks, entries, fusion) for entry in one.FUNCTIONS.items()
+            entry
+            for one in (span, sums, task_vectors, ranks, entries, fusion, competition)
+            for entry in one.FUNCTIONS.items()
         ),
         elements=feeding.ELEMENTS,
     )
