@@ -364,7 +364,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(3):
         tensors = {f"model.layers.{layer}.mlp.up_proj.weight": noise + i for layer in range(4)}
         factory.model(folder / f"m{i}", tensors, factory.config(layers=4))
-    tree = linear("m1", "m2", merge_method="pcb", base_model="m0", parameters={"density": 0.5})
+    tree = linear("m1", "m2", merge_method="pcb", base_model="m0", parameters={"density": 0.5, "granularity": "row"})
     return recipe(folder / "recipe.yml", tree)
 
 

@@ -394,7 +394,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(3):
         rolled = {name: np.roll(values, i, axis=0) for name, values in tensors.items()}
         factory.model(folder / f"m{i}", rolled, factory.config(layers=6))
-    settings = {"density": 0.5}
+    settings = {"density": 0.5, "granularity": "row"}
     tree = linear("m1", "m2", merge_method="pcb", base_model="m0", parameters=settings)
     recipe(folder / "recipe.yml", tree)
     return folder

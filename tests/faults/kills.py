@@ -115,7 +115,8 @@ def test_kills_at_random_times(tmp_path: Path) -> None:
             for i in range(12)
         }
         models.append(factory.model(tmp_path / f"m{number}", tensors, factory.config(layers=12)))
-    slow = linear(*models[1:], merge_method="pcb", base_model=str(models[0]), parameters={"density": 0.5})
+    settings = {"density": 0.5, "granularity": "row"}
+    slow = linear(*models[1:], merge_method="pcb", base_model=str(models[0]), parameters=settings)
     path = recipe(tmp_path / "recipe.yml", slow)
     (tmp_path / "whole").mkdir()
     started = time.monotonic()
