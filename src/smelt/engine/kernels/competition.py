@@ -25,18 +25,13 @@ _CHUNK_BYTES = 1 << 20
 """What the powers of a chunk may take: half of a second cache."""
 
 
-def _fed(method: Any, given: Given) -> Any:
-    """What loops are given; None too for rows, which have no kernel."""
-    return feed(given) if method.grain is Grain.ELEMENT else None
-
-
 def _pairs(models: int) -> int:
     return models * (models + 1) // 2
 
 
 def ranges(method: Any, given: Given, reducer: Any) -> Any:
     """The partial result of Extremes over the products of all pairs, [2, pairs]."""
-    if (fed := _fed(method, given)) is None:
+    if (fed := feed(given)) is None:
         return None
     found = np.empty((_pairs(given.models), 2))
     found[:] = np.inf, -np.inf
@@ -67,7 +62,7 @@ def _chunks(given: Given, fed: Any) -> Iterator[tuple[int, int, Any, Any, Any]]:
 
 def sums(method: Any, given: Given, reducer: Any) -> Any:
     """Partial results of the sums of the powers: lanes [blocks, parts, 256]."""
-    if (fed := _fed(method, given)) is None:
+    if (fed := feed(given)) is None:
         return None
     lanes = np.zeros((-(-given.count // BLOCK), given.models + _pairs(given.models), LANES))
     for low, _, parts, _, _ in _chunks(given, fed):
@@ -77,7 +72,7 @@ def sums(method: Any, given: Given, reducer: Any) -> Any:
 
 def digits(method: Any, given: Given, reducer: Any) -> Any:
     """The partial result of KthLargest64 over the β_i."""
-    if (fed := _fed(method, given)) is None:
+    if (fed := feed(given)) is None:
         return None
     counts = given.once("counts to keep", lambda: counts_to_keep(method.density, given["size"]))
     prefixes = reducer.prefixes(given.models)
@@ -91,8 +86,8 @@ def digits(method: Any, given: Given, reducer: Any) -> Any:
 
 
 def tile(method: Any, given: Given, out: Any) -> bool | None:
-    """The tile, as stored elements of the output."""
-    if (fed := _fed(method, given)) is None:
+    """The tile, as stored elements of the output; None too for rows, which have no kernel."""
+    if (fed := feed(given)) is None or method.grain is not Grain.ELEMENT:
         return None
     cut = given["cut"]
     values, below = np.zeros(given.models), np.zeros(given.models, dtype=np.uint32)
