@@ -52,7 +52,8 @@ class Case:
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir()
             words = ["merge", self.recipe, self.partial / "out", "--shard-size", "1kB"]
-            assert faulty.forked(words, self.folder, at=at).code == -signal.SIGKILL
+            if faulty.forked(words, self.folder, at=at).code != -signal.SIGKILL:
+                continue  # it had fewer calls than that
             found = journal.read(self.partial / OURS[1])
             if found is not None and 1 < len(found.finished) < 8:
                 return
