@@ -14,9 +14,9 @@ from smelt.engine.backends import CPU
 from smelt.engine.nesting import Step, open_steps
 from smelt.errors import SmeltError, raise_all
 from smelt.keeping import Kept
-from smelt.merging import allowances, planned, prepare
 from smelt.planning.locate import Model
 from smelt.prepared import Prepared
+from smelt.preparing import allowances, planned, prepare
 from smelt.recipe.canonical import canonical
 from smelt.recipe.check import check_parameters
 from smelt.recipe.schema import Recipe

@@ -24,18 +24,8 @@ from smelt.engine.variants import bytes_together, run_variants
 from smelt.errors import InputError, NumericError, RecipeError, SmeltError, StorageError, raise_all
 from smelt.guarding import inputs_of, refuse_changed, refuse_places
 from smelt.listing import FAILED, REMOVED, WRITTEN, Listing, Row, record_digest
-from smelt.merging import (
-    Progress,
-    Settings,
-    carry_out_kept,
-    check_numbers,
-    check_steps,
-    hashes_of,
-    head_of,
-    layout_of,
-    nonfinite_of,
-)
 from smelt.prepared import Prepared, papers_of, write_papers
+from smelt.preparing import check_numbers
 from smelt.recipe.schema import Recipe
 from smelt.recipe.settings import Plain
 from smelt.recipe.sweeps import over_mapping, read_over
@@ -47,6 +37,16 @@ from smelt.storage.locking import lock_folder
 from smelt.storage.places import MARGIN, make_parents, unmake
 from smelt.storage.signals import held
 from smelt.storage.writer import Build, check_out
+from smelt.writing import (
+    Progress,
+    Settings,
+    carry_out_kept,
+    check_steps,
+    hashes_of,
+    head_of,
+    layout_of,
+    nonfinite_of,
+)
 
 MOST_AT_ONCE = 32
 """Most outputs that are written side by side."""

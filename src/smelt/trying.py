@@ -19,8 +19,8 @@ from smelt.engine.sharing import Known
 from smelt.engine.variants import run_variants
 from smelt.errors import NumericError, RecipeError
 from smelt.in_memory import MemorySink, check_types, from_bytes, is_torch, opened_state
-from smelt.merging import check_numbers, check_steps
 from smelt.prepared import Prepared
+from smelt.preparing import check_numbers
 from smelt.recipe.nesting import mentions
 from smelt.recipe.parse import from_dict, load
 from smelt.recipe.schema import Recipe
@@ -29,6 +29,7 @@ from smelt.recipe.sweeps import Over, over_mapping, variants
 from smelt.specs import TensorSpec
 from smelt.storage.checkpoint import TensorSource
 from smelt.storage.sources.memory import MemoryCheckpoint
+from smelt.writing import check_steps
 
 
 @dataclass(frozen=True, slots=True)

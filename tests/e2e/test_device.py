@@ -90,7 +90,7 @@ def test_what_is_said_of_the_memory(tmp_path: Path) -> None:
 
 
 def test_the_forecast_grows_with_the_tensors(tmp_path: Path) -> None:
-    from smelt.merging import prepare
+    from smelt.preparing import prepare
 
     with prepare("cases/ties/recipe.yml", device="cuda") as large:
         pass

@@ -24,7 +24,7 @@ import pytest
 import factory
 from factory import Done, config, linear, llama, model, process, recipe, stored
 from smelt.errors import InputError, SmeltError
-from smelt.merging import prepare
+from smelt.preparing import prepare
 from smelt.storage.sources import hub as hub_source
 from smelt.storage.sources.local import open_folder
 from smelt.storage.sources.remote import FIRST, RemoteCheckpoint, open_remote

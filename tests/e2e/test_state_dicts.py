@@ -201,7 +201,7 @@ def test_the_output_is_one_file_with_its_papers(diffusion: Path) -> None:
 
 
 def test_one_file_stays_one_unless_asked_otherwise(diffusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smelt.merging.SHARD_BYTES", 2000)
+    monkeypatch.setattr("smelt.writing.SHARD_BYTES", 2000)
     accepted(diffusion, linear("a.safetensors", "b.safetensors"))
     assert len(list((diffusion / "out").glob("*.safetensors"))) == 1
     accepted(diffusion, linear("a.safetensors", "b.safetensors"), "--shard-size", "2kB", out="cut")

@@ -21,7 +21,7 @@ import smelt as library
 from e2e.test_nested import KEPT, RECIPES, step_by_step, ties, weights
 from factory import INPUT, USAGE, accepted, config, linear, llama, model, recipe, refused, smelt, snapshot, stored
 from smelt.cli.main import Stopped
-from smelt.merging import prepare
+from smelt.preparing import prepare
 from smelt.storage import files, journal
 
 CUT = {"weight": 0.5, "density": 0.4}

@@ -24,6 +24,8 @@ ORDER = [
     {"keeping"},
     {"prepared"},
     {"guarding"},
+    {"preparing"},
+    {"writing"},
     {"merging", "in_memory", "verifying"},
     {"candidates", "listing", "scoring"},
     {"sweeping", "trying"},

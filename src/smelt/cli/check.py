@@ -8,8 +8,8 @@ from pathlib import Path
 
 from smelt.cli.options import Allow, Flag, Json
 from smelt.cli.show import count_text, counted, size_text, visible
-from smelt.merging import prepare
 from smelt.planning.entries import Action, Entry
+from smelt.preparing import prepare
 
 _SHOWN = 5
 

@@ -13,13 +13,13 @@ from smelt.engine.backends import CPU
 from smelt.engine.forecast import FLOPS
 from smelt.engine.whole import passes_of
 from smelt.errors import RecipeError, nearest
-from smelt.merging import prepare
 from smelt.methods.api import Cost
 from smelt.planning.entries import Entry, Plan, PlannedModel
 from smelt.planning.explain import explanation, explanation_json, groups, plan_json, recipe_of
 from smelt.planning.whole import Group, is_whole
 from smelt.planning.whole import groups as whole_groups
 from smelt.prepared import Prepared
+from smelt.preparing import prepare
 
 
 def plan(
